@@ -1,0 +1,1 @@
+"""What every command shares: settings, errors, signals, the run folder and the console."""

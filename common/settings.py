@@ -1,0 +1,234 @@
+"""Settings: dataclasses that become a command line, a YAML file and back.
+
+A settings dataclass documents each field once, in the string under it; that text is the flag's
+help. Nested dataclasses are groups (``--optimizer.lr``). A field whose metadata says
+``may_change`` may differ when a run resumes.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_type_hints
+
+import jsonargparse
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import register_type
+
+from common.errors import UserError
+
+Settings = TypeVar("Settings")
+
+MAY_CHANGE = {"may_change": True}
+"""Metadata of a field that does not decide what a run computes."""
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Count(int):
+    """A whole number that may be written ``2e9``, ``500M``, ``1.5B`` or ``64k``."""
+
+    _SCALE: ClassVar = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+    @classmethod
+    def parse(cls, value: Any) -> "Count":
+        """Read a count; ValueError when it is not a whole number of at least zero."""
+        match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgGtT]?)\s*", str(value))
+        if match is None:
+            raise ValueError(f"{value!r} is not a count; write it like 131072, 2e9, 500M or 1.5B")
+        number = float(match[1].replace("_", "")) * cls._SCALE[match[2].lower()]
+        if number != int(number):
+            raise ValueError(f"{value!r} is not a whole number")
+        return cls(int(number))
+
+
+register_type(Count, serializer=int, deserializer=Count.parse)
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose flags are spelled with dashes and whose errors are one line."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        text: str = super().format_help(formatter)
+        text = re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), text)
+        text = re.sub(r"\s*\(type:\s[^()]*?,\s+default:\s+null\)", "", text)
+        return re.sub(r"\(type:\s[^()]*?,\s+default:\s", "(default: ", text)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self._with_suggestions(_shorter(message)))
+
+    def _with_suggestions(self, message: str) -> str:
+        unknown = re.findall(r"--[\w.-]+", message) if "nrecognized" in message else []
+        known = [flag.replace("_", "-") for flag in self._option_string_actions if flag.startswith("--")]
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
+        return message + (f" Did you mean {', '.join(near)}?" if near else "")
+
+
+def parse(
+    kind: type[Settings],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    positional: Sequence[str] = (),
+) -> Settings:
+    """Read ``argv`` into the settings dataclass ``kind``.
+
+    Args:
+        kind: a dataclass; its fields become flags (``seq_len`` is ``--seq-len``).
+        argv: the words after the program's name.
+        prog: how the command is typed, for the help.
+        description: what the help says first; end it with an example.
+        positional: names of fields that are words rather than flags.
+
+    Raises:
+        UserError: unknown flags, values that do not parse, a configuration file that is not there.
+        SystemExit: with 0 after ``--help``.
+    """
+    parser = _Parser(prog=prog, description=description, formatter_class=_Formatter)
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,  # type: ignore[attr-defined]
+        help="YAML file of settings; flags after it win.",
+    )
+    for name in positional:
+        parser.add_argument(name, type=str)
+    parser.add_class_arguments(kind, None, skip=set(positional))
+    namespace = parser.parse_args(_normalise(kind, argv))
+    namespace.pop("config", None)
+    return _build(kind, namespace)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain, YAML-safe values."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = to_dict(value)
+        elif isinstance(value, bool) or value is None:
+            values[field.name] = value
+        elif isinstance(value, int):
+            values[field.name] = int(value)
+        elif isinstance(value, (float, str)):
+            values[field.name] = value
+        elif isinstance(value, (list, tuple)):
+            values[field.name] = list(value)
+        else:
+            values[field.name] = str(value)
+    return values
+
+
+def to_yaml(settings: Any) -> str:
+    """A settings dataclass as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError when there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as settings: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings")
+    return values
+
+
+def differences(settings: Any, stored: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields that decide what a run computes and that differ from ``stored``.
+
+    Returns:
+        ``(name, stored value, new value)`` for each, nested names joined by dots.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(settings):
+        if field.metadata.get("may_change"):
+            continue
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found += differences(value, stored.get(field.name) or {}, f"{prefix}{field.name}.")
+            continue
+        new = to_dict(settings)[field.name]
+        if new != stored.get(field.name):
+            found.append((f"{prefix}{field.name}", stored.get(field.name), new))
+    return found
+
+
+def _shorter(message: str) -> str:
+    """One line of jsonargparse's report: the flag as it is typed, and what is wrong with its value."""
+    message = re.sub(r'Parser key "([\w.]+)":\s*', lambda key: f"--{key[1].replace('_', '-')}: ", message)
+    reasons = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
+    telling = [reason.split(": ", 1)[-1] for reason in reasons if "NoneType" not in reason]
+    head, *rest = message.splitlines()
+    if telling and "Union" in message:
+        return f"{head.partition(': ')[0]}: {telling[0]}"
+    return " ".join([head, *(line.strip() for line in rest)])[:400]
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Wide enough that a flag and its text share a line; the description keeps its lines."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **({"max_help_position": 32} | options))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def _normalise(kind: type, argv: Sequence[str]) -> list[str]:
+    """Accept ``--seq-len`` for the field ``seq_len``, and a bare ``--deterministic`` or ``--compile``."""
+    words: list[str] = []
+    hints = get_type_hints(kind)
+    for position, word in enumerate(argv):
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        flag = "--" + name
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        if not equals and following.startswith("--"):
+            if hints.get(name) is bool:
+                equals, value = "=", "true"
+            elif name in _switches(kind):
+                equals, value = "=", "on"
+        words.append(flag + equals + value)
+    return words
+
+
+def _switches(kind: type) -> set[str]:
+    """Names of the fields that take ``auto``, ``on`` or ``off``, for which a bare flag means ``on``."""
+    hints = get_type_hints(kind)
+    return {name for name, hint in hints.items() if {"auto", "on", "off"} <= set(getattr(hint, "__args__", ()))}
+
+
+def _build(kind: type[Settings], namespace: Namespace) -> Settings:
+    hints = get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if not hasattr(namespace, field.name):
+            continue
+        value = getattr(namespace, field.name)
+        if isinstance(value, Namespace):
+            value = _build(cast(type, hints[field.name]), value)
+        values[field.name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def run_command(main: Any) -> None:
+    """Run a command's main function; a UserError becomes one message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

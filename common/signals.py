@@ -1,0 +1,55 @@
+"""Catch the signals that ask a job to stop, from the first line of the program.
+
+SLURM may signal a job up to a minute early, while its imports are still running, and the default
+action of SIGUSR1 ends the process. So the doors (``train.py``, ``python -m train``) call
+:func:`install` before they import anything heavy. A handler only records the signal; the training
+loop looks at :func:`received` between two steps and saves there. Nothing is saved inside a handler.
+"""
+
+import signal
+import sys
+from types import FrameType
+
+_received: signal.Signals | None = None
+
+
+def install() -> None:
+    """Record SIGTERM, SIGUSR1 and SIGINT instead of dying from them.
+
+    A second SIGINT (Ctrl-C pressed twice) interrupts at once.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, _record)
+
+
+def received() -> signal.Signals | None:
+    """The first signal that came, or None."""
+    return _received
+
+
+def clear() -> None:
+    """Forget what came and give the signals their default actions back."""
+    global _received
+    _received = None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ignore() -> None:
+    """Leave the signals to the parent: for worker processes, which get them with the group."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _record(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _received is not None and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _received is None:
+        _received = signal.Signals(number)
+        print(
+            f"\n{_received.name} received: saving after this step (Ctrl-C once more stops at once)",
+            file=sys.stderr,
+            flush=True,
+        )

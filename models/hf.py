@@ -1,0 +1,226 @@
+"""Our transformer as a Hugging Face model folder, and back.
+
+Without QK-norm the folder is a Llama, with it a Qwen3: architectures that transformers, MLC-LLM,
+llama.cpp and vLLM know, so nothing needs remote code. Weights are safetensors in fp32. ``config.json``
+carries ``rope_theta`` at the top level beside transformers' ``rope_parameters``: MLC-LLM reads only
+the former and silently falls back to other values without it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import write_json
+from models.sizes import ModelConfig
+from models.transformer import Transformer
+
+SHARD_BYTES = 4 * 10**9
+"""The largest safetensors file that is written; more weights go into more files."""
+
+_FACES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
+"""Architecture, and whether it has QK-norm."""
+
+
+def to_config(config: ModelConfig, *, bos: int | None, eos: int, pad: int | None) -> dict[str, Any]:
+    """The contents of ``config.json`` for a model of this shape and these special tokens."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": "float32",
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn,
+        "max_position_embeddings": config.context,
+        "mlp_bias": False,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": config.vocab,
+    }
+
+
+def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
+    """The shape that a ``config.json`` describes; UserError when our transformer cannot be it."""
+    architecture = (values.get("architectures") or ["none named"])[0]
+    if architecture not in _FACES:
+        raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    rope_kinds = {rope.get("rope_type", "default"), scaling.get("rope_type", "default")}
+    unsupported = {
+        "rope scaling": rope_kinds != {"default"},
+        "attention biases": values.get("attention_bias", False),
+        "MLP biases": values.get("mlp_bias", False),
+        "sliding windows": values.get("use_sliding_window", False),
+    }
+    present = [name for name, there in unsupported.items() if there]
+    if present:
+        raise UserError(f"{folder} uses {', '.join(present)}, which this transformer does not have")
+    try:
+        return ModelConfig(
+            layers=values["num_hidden_layers"],
+            width=values["hidden_size"],
+            heads=values["num_attention_heads"],
+            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+            head_width=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+            ffn=values["intermediate_size"],
+            vocab=values["vocab_size"],
+            context=values["max_position_embeddings"],
+            tied=values.get("tie_word_embeddings", False),
+            qk_norm=_FACES[architecture],
+            rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+        )
+    except KeyError as missing:
+        raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
+
+
+def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under Hugging Face's names, fused matrices split, a tied head left out."""
+    q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
+    out: dict[str, Tensor] = {"model.embed_tokens.weight": state["embedding.weight"]}
+    for layer in range(config.layers):
+        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        projections = state[ours + "attention.qkv.weight"].split((q, kv, kv))
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), projections, strict=True):
+            out[f"{theirs}self_attn.{name}.weight"] = part
+        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
+        out[theirs + "mlp.gate_proj.weight"], out[theirs + "mlp.up_proj.weight"] = gate, up
+        for name, other in _unfused(config).items():
+            out[theirs + other] = state[ours + name]
+    out["model.norm.weight"] = state["norm.weight"]
+    if not config.tied:
+        out["lm_head.weight"] = state["head.weight"]
+    return out
+
+
+def from_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of :func:`to_hugging_face`; KeyError names a tensor that is not there."""
+    state: dict[str, Tensor] = {"embedding.weight": weights["model.embed_tokens.weight"]}
+    for layer in range(config.layers):
+        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        heads = [weights[f"{theirs}self_attn.{name}.weight"] for name in ("q_proj", "k_proj", "v_proj")]
+        state[ours + "attention.qkv.weight"] = torch.cat(heads)
+        halves = [weights[theirs + "mlp.gate_proj.weight"], weights[theirs + "mlp.up_proj.weight"]]
+        state[ours + "ffn.gate_up.weight"] = torch.cat(halves)
+        for name, other in _unfused(config).items():
+            state[ours + name] = weights[theirs + other]
+    state["norm.weight"] = weights["model.norm.weight"]
+    state["head.weight"] = state["embedding.weight"] if config.tied else weights["lm_head.weight"]
+    return state
+
+
+def _unfused(config: ModelConfig) -> dict[str, str]:
+    """Names within a block, ours to theirs, of the tensors that are stored as they are."""
+    names = {
+        "attention_norm.weight": "input_layernorm.weight",
+        "attention.out.weight": "self_attn.o_proj.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "ffn.down.weight": "mlp.down_proj.weight",
+    }
+    if config.qk_norm:
+        names["attention.q_norm.weight"] = "self_attn.q_norm.weight"
+        names["attention.k_norm.weight"] = "self_attn.k_norm.weight"
+    return names
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write safetensors files of at most :data:`SHARD_BYTES`, with an index when there are several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if shards[-1] and used + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder's safetensors files; UserError when there are none or one is cut."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no model*.safetensors; weights in other formats must be converted first")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own type, which it does not export stably
+            raise UserError(f"{file} is damaged: {error}") from error
+    return weights
+
+
+def write_model(
+    state: dict[str, Tensor], config: ModelConfig, folder: Path, *, bos: int | None, eos: int, pad: int | None
+) -> None:
+    """Write ``config.json``, ``generation_config.json`` and the weights into ``folder``.
+
+    The tokenizer's files and ``palmtop.json`` are the caller's.
+    """
+    write_json(folder / "config.json", to_config(config, bos=bos, eos=eos, pad=pad))
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    save_weights(to_hugging_face(state, config), folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder; UserError when it is no model folder of ours."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no model folder: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return from_config(values, folder)
+
+
+def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights in a model folder, in fp32 under our names."""
+    try:
+        state = from_hugging_face(load_weights(folder), config)
+    except KeyError as missing:
+        raise UserError(f"the weights of {folder} lack the tensor {missing}") from missing
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def load_model(folder: Path) -> Transformer:
+    """Our transformer with the weights of a model folder."""
+    config = read_config(folder)
+    model = Transformer(config)
+    try:
+        model.load_state_dict(read_state(folder, config))
+    except RuntimeError as error:
+        raise UserError(f"the weights of {folder} do not have the shapes of its config.json: {error}") from error
+    return model

@@ -1,0 +1,312 @@
+"""The transformer, whole: settings in ``models/sizes.py``, everything else here.
+
+Two faces outside: Llama, and with QK-norm Qwen3 (``models/hf.py``). Written for training speed: fused
+projections, the head and its loss in chunks, attention that stays inside each document of a row.
+
+Shapes: B batch, T sequence, D model width, H query heads, K key/value heads, N head width, F
+feed-forward width, V vocabulary, M = B·T tokens.
+"""
+
+import hashlib
+import math
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from models.sizes import ModelConfig
+
+IGNORE = -100
+"""Target of a position that no loss is taken at."""
+
+HEAD_CHUNK = 1024
+"""Tokens whose logits exist at one time; large enough to keep the matrix product efficient."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, over the last axis (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads (GQA), rotary positions and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False)
+        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        qkv_BTHN = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
+        q_BTHN, k_BTKN, v_BTKN = qkv_BTHN.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHN, k_BTKN = self.q_norm(q_BTHN), self.k_norm(k_BTKN)
+        q_BTHN, k_BTKN = rotate(q_BTHN, *rotary), rotate(k_BTKN, *rotary)
+        y_BHTN = attend(q_BTHN.transpose(1, 2), k_BTKN.transpose(1, 2), v_BTKN.transpose(1, 2), mask)
+        return cast(Tensor, self.out(y_BHTN.transpose(1, 2).reshape(B, T, self.heads * self.head_width)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)), gate and up in one product (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return cast(Tensor, self.down(F.silu(gate_BTF) * up_BTF))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
+        return cast(Tensor, x_BTD + self.ffn(self.ffn_norm(x_BTD)))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of the given shape, with weights drawn by :func:`initialise`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._chunk_loss = chunk_loss
+        initialise(self, seed)
+
+    def compile_parts(self) -> None:
+        """Compile each block and the loss of a chunk.
+
+        All blocks are the same code over the same shapes, so one compilation serves them all: seconds
+        where compiling the whole model takes minutes.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> Any:
+        """Logits, or with targets the summed loss.
+
+        Args:
+            tokens_BT: token ids.
+            positions_BT: each token's place in its own document; a 0 starts a document, and attention
+                does not reach across. None: every row is one document.
+            targets_BT: the ids to predict, :data:`IGNORE` where nothing is.
+            z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311, section 5), which keeps
+                the logits from drifting.
+
+        Returns:
+            Without targets the logits (B, T, V). With targets ``(loss, nll)``: the sum over the targets
+            of the negative log-likelihood in nats plus z-loss, which is differentiable, and of the
+            negative log-likelihood alone, which is not.
+        """
+        dtype = compute_dtype(self.embedding.weight)
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+            mask = None
+        else:
+            mask = document_mask(positions_BT, dtype)
+        rotary = rotary_table(positions_BT, self.config, dtype)
+        x_BTD = self.embedding(tokens_BT).to(dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotary, mask)
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return self.head(x_BTD)
+        return ChunkedCrossEntropy.apply(
+            x_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten(), z_loss, self._chunk_loss
+        )
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that autocast asks for here, else the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def rotary_table(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, N/2) of the angles position · theta^(-2i/N) (arXiv:2104.09864)."""
+    exponents = torch.arange(0, config.head_width, 2, device=positions_BT.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (exponents / config.head_width)
+    angles = (positions_BT.float()[..., None] * frequencies).unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BTHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + N/2) of every head, the layout of Llama's Hugging Face weights."""
+    a, b = x_BTHN.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+    """What each position may see: itself and the earlier positions of its own document.
+
+    On CUDA a block mask for flex attention, which skips the blocks between documents; elsewhere, where
+    flex attention has no backward pass, an additive mask (B, 1, T, T) of 0 and -inf.
+    """
+    documents_BT = (positions_BT == 0).cumsum(1)
+    B, T = documents_BT.shape
+    if positions_BT.device.type == "cuda":
+
+        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (documents_BT[b, query] == documents_BT[b, key])
+
+        return _create_block_mask()(visible, B, None, T, T, device=positions_BT.device)
+    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=positions_BT.device).tril()
+    return torch.zeros(B, 1, T, T, dtype=dtype, device=positions_BT.device).masked_fill(~(same & causal), -math.inf)
+
+
+def attend(q_BHTN: Tensor, k_BKTN: Tensor, v_BKTN: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Softmax attention, scaled by 1/sqrt(N): causal without a mask, else what the mask lets through."""
+    if isinstance(mask, BlockMask):
+        flex = _flex_attention(q_BHTN.device.type)
+        return cast(Tensor, flex(q_BHTN, k_BKTN, v_BKTN, block_mask=mask, enable_gqa=True))
+    if q_BHTN.device.type == "cpu":  # its fast kernel wants as many key heads as query heads
+        group = q_BHTN.shape[1] // k_BKTN.shape[1]
+        k_BKTN, v_BKTN = k_BKTN.repeat_interleave(group, 1), v_BKTN.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(
+        q_BHTN, k_BKTN, v_BKTN, attn_mask=mask, is_causal=mask is None, enable_gqa=q_BHTN.device.type != "cpu"
+    )
+
+
+@cache
+def _flex_attention(device_type: str) -> Any:
+    # Uncompiled, flex attention builds the whole score matrix; on a GPU it is only used compiled.
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+
+
+@cache
+def _create_block_mask() -> Any:
+    return torch.compile(create_block_mask)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The head and its cross-entropy together, a chunk of tokens at a time.
+
+    The logits of M tokens are by far the largest tensor of a small model (M·V in fp32). Here only
+    :data:`HEAD_CHUNK` rows of them exist at a time, and the gradients of the summed loss are taken
+    while they do, so that the backward pass only scales what is there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_loss: float, step: Any
+    ) -> tuple[Tensor, Tensor]:
+        with_gradients = any(ctx.needs_input_grad)
+        loss = hidden_MD.new_zeros((), dtype=torch.float32)
+        nll = torch.zeros_like(loss)
+        weight = weight_VD.to(hidden_MD.dtype)
+        d_hidden_MD = torch.empty_like(hidden_MD) if with_gradients else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradients else None
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            for first in range(0, len(hidden_MD), HEAD_CHUNK):
+                part = slice(first, first + HEAD_CHUNK)
+                logits = hidden_MD[part] @ weight.T
+                chunk_total, chunk_nll, d_logits = step(logits, targets_M[part], z_loss, with_gradients)
+                loss += chunk_total
+                nll += chunk_nll
+                if d_hidden_MD is not None and d_weight_VD is not None:
+                    torch.mm(d_logits, weight, out=d_hidden_MD[part])
+                    _accumulate(d_weight_VD, d_logits, hidden_MD[part])
+        ctx.save_for_backward(d_hidden_MD, d_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor) -> Any:
+        d_hidden_MD, d_weight_VD = ctx.saved_tensors
+        return d_hidden_MD * d_loss.to(d_hidden_MD.dtype), (d_weight_VD * d_loss).to(ctx.weight_dtype), None, None, None
+
+
+def _accumulate(total_VD: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """Add d_logitsᵀ · hidden to an fp32 sum; in fp32 without a temporary of its size."""
+    if hidden.dtype == total_VD.dtype:
+        total_VD.addmm_(d_logits.T, hidden)
+    else:
+        total_VD += d_logits.T @ hidden
+
+
+def chunk_loss(
+    logits: Tensor, targets: Tensor, z_loss: float, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss of some tokens, their summed negative log-likelihood, and d loss / d logits.
+
+    With p = softmax(logits) and Z = logsumexp(logits), the gradient of -log p[target] + z·Z² is
+    p·(1 + 2·z·Z) - onehot(target). Computed in fp32, returned in the logits' dtype.
+    """
+    counted = targets != IGNORE
+    index = targets.clamp(min=0)[:, None]
+    scores = logits.float()
+    log_z = scores.logsumexp(-1)
+    nll = torch.where(counted, log_z - scores.gather(1, index).squeeze(1), 0.0)
+    penalty = torch.where(counted, z_loss * log_z.square(), 0.0)
+    d_logits = None
+    if with_gradients:
+        weight = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0)
+        d_logits = (scores - log_z[:, None]).exp() * weight[:, None]
+        d_logits = d_logits.scatter_add(1, index, -counted.float()[:, None]).to(logits.dtype)
+    return nll.sum() + penalty.sum(), nll.sum(), d_logits
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Draw all weights, each from a generator of its own.
+
+    ===================================  ==========================================
+    embedding, head                      normal, std 0.02
+    ``qkv``, ``gate_up``                 normal, std 0.02
+    ``out``, ``down``                    normal, std 0.02 / sqrt(2 · layers)
+    norms                                ones
+    ===================================  ==========================================
+
+    The last products of a block are smaller because the residual stream sums 2 · layers of them
+    (GPT-2). A weight's generator is seeded by (seed, its name): its values do not depend on the order
+    of construction, on the device, or on how the model is sharded.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+            continue
+        std = 0.02
+        if name.endswith(("attention.out.weight", "ffn.down.weight")):
+            std /= math.sqrt(2 * model.config.layers)
+        digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
