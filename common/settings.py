@@ -25,6 +25,12 @@ Settings = TypeVar("Settings")
 MAY_CHANGE = {"may_change": True}
 """Metadata of a field that does not decide what a run computes."""
 
+
+def option(default: Any, metadata: dict[str, Any] | None = None) -> Any:
+    """A dataclass field with a default that may be mutable or carry metadata."""
+    return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 

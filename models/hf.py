@@ -1,14 +1,10 @@
 """Our transformer as a Hugging Face model folder, and back.
 
 Without QK-norm the folder is a Llama, with it a Qwen3: architectures that transformers, MLC-LLM,
-llama.cpp and vLLM know, so nothing needs remote code. Weights are safetensors in fp32. ``config.json``
-carries ``rope_theta`` at the top level beside transformers' ``rope_parameters``: MLC-LLM reads only
-the former and silently falls back to other values without it.
+llama.cpp and vLLM know, so nothing needs remote code. Weights are safetensors in fp32.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,83 +13,12 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_json
+from models.hf_config import read_config, to_config
 from models.sizes import ModelConfig
 from models.transformer import Transformer
 
 SHARD_BYTES = 4 * 10**9
 """The largest safetensors file that is written; more weights go into more files."""
-
-_FACES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
-"""Architecture, and whether it has QK-norm."""
-
-
-def to_config(config: ModelConfig, *, bos: int | None, eos: int, pad: int | None) -> dict[str, Any]:
-    """The contents of ``config.json`` for a model of this shape and these special tokens."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "dtype": "float32",
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "hidden_size": config.width,
-        "initializer_range": 0.02,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context,
-        "mlp_bias": False,
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
-        "num_key_value_heads": config.kv_heads,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": config.tied,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": config.vocab,
-    }
-
-
-def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
-    """The shape that a ``config.json`` describes; UserError when our transformer cannot be it."""
-    architecture = (values.get("architectures") or ["none named"])[0]
-    if architecture not in _FACES:
-        raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    rope_kinds = {rope.get("rope_type", "default"), scaling.get("rope_type", "default")}
-    unsupported = {
-        "rope scaling": rope_kinds != {"default"},
-        "attention biases": values.get("attention_bias", False),
-        "MLP biases": values.get("mlp_bias", False),
-        "sliding windows": values.get("use_sliding_window", False),
-    }
-    present = [name for name, there in unsupported.items() if there]
-    if present:
-        raise UserError(f"{folder} uses {', '.join(present)}, which this transformer does not have")
-    try:
-        return ModelConfig(
-            layers=values["num_hidden_layers"],
-            width=values["hidden_size"],
-            heads=values["num_attention_heads"],
-            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-            head_width=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-            ffn=values["intermediate_size"],
-            vocab=values["vocab_size"],
-            context=values["max_position_embeddings"],
-            tied=values.get("tie_word_embeddings", False),
-            qk_norm=_FACES[architecture],
-            rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            norm_eps=values.get("rms_norm_eps", 1e-6),
-        )
-    except KeyError as missing:
-        raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
-
 
 def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict under Hugging Face's names, fused matrices split, a tied head left out."""
@@ -193,17 +118,6 @@ def write_model(
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
     save_weights(to_hugging_face(state, config), folder)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a folder; UserError when it is no model folder of ours."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no model folder: it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    return from_config(values, folder)
 
 
 def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from models.sizes import ModelConfig
 IGNORE = -100
 """Target of a position that no loss is taken at."""
 
-HEAD_CHUNK = 1024
-"""Tokens whose logits exist at one time; large enough to keep the matrix product efficient."""
+HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits exist at one time: large enough for efficient matrix products, on a CPU small enough
+that the passes over the logits find them in its caches."""
 
 
 class RMSNorm(nn.Module):
@@ -197,11 +198,8 @@ def attend(q_BHTN: Tensor, k_BKTN: Tensor, v_BKTN: Tensor, mask: Tensor | BlockM
     if isinstance(mask, BlockMask):
         flex = _flex_attention(q_BHTN.device.type)
         return cast(Tensor, flex(q_BHTN, k_BKTN, v_BKTN, block_mask=mask, enable_gqa=True))
-    if q_BHTN.device.type == "cpu":  # its fast kernel wants as many key heads as query heads
-        group = q_BHTN.shape[1] // k_BKTN.shape[1]
-        k_BKTN, v_BKTN = k_BKTN.repeat_interleave(group, 1), v_BKTN.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(
-        q_BHTN, k_BKTN, v_BKTN, attn_mask=mask, is_causal=mask is None, enable_gqa=q_BHTN.device.type != "cpu"
+        q_BHTN, k_BKTN, v_BKTN, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
 
 
@@ -234,9 +232,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(hidden_MD.dtype)
         d_hidden_MD = torch.empty_like(hidden_MD) if with_gradients else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradients else None
+        chunk = HEAD_CHUNK[hidden_MD.device.type]
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            for first in range(0, len(hidden_MD), HEAD_CHUNK):
-                part = slice(first, first + HEAD_CHUNK)
+            for first in range(0, len(hidden_MD), chunk):
+                part = slice(first, first + chunk)
                 logits = hidden_MD[part] @ weight.T
                 chunk_total, chunk_nll, d_logits = step(logits, targets_M[part], z_loss, with_gradients)
                 loss += chunk_total
@@ -269,7 +268,8 @@ def chunk_loss(
     """Summed loss of some tokens, their summed negative log-likelihood, and d loss / d logits.
 
     With p = softmax(logits) and Z = logsumexp(logits), the gradient of -log p[target] + z·Z² is
-    p·(1 + 2·z·Z) - onehot(target). Computed in fp32, returned in the logits' dtype.
+    p·(1 + 2·z·Z) - onehot(target). Computed in fp32, returned in the logits' dtype; logits in fp32 are
+    overwritten by it, because fresh memory for so large a tensor costs as much as the arithmetic.
     """
     counted = targets != IGNORE
     index = targets.clamp(min=0)[:, None]
@@ -280,8 +280,8 @@ def chunk_loss(
     d_logits = None
     if with_gradients:
         weight = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0)
-        d_logits = (scores - log_z[:, None]).exp() * weight[:, None]
-        d_logits = d_logits.scatter_add(1, index, -counted.float()[:, None]).to(logits.dtype)
+        d_scores = scores.sub_(log_z[:, None]).exp_().mul_(weight[:, None])
+        d_logits = d_scores.scatter_add_(1, index, -counted.float()[:, None]).to(logits.dtype)
     return nll.sum() + penalty.sum(), nll.sum(), d_logits
 
 

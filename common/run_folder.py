@@ -1,0 +1,174 @@
+"""The run folder: what a run leaves so that it explains itself.
+
+``config.yaml`` holds every resolved setting, ``env.json`` versions and hardware, ``metrics.jsonl`` a line
+for each step, evaluation and start.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from common.errors import UserError
+from common.files import write_json, write_text
+
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "deepspeed")
+
+
+class RunFolder:
+    """A run's folder and its metrics."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[str] = []
+        self._events: Any = None
+        self._lock: IO[str] | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the run's tokenizer."""
+        return self.path / "tokenizer"
+
+    @property
+    def model(self) -> Path:
+        """The model folder of the last good state."""
+        return self.path / "model"
+
+    def lock(self) -> None:
+        """Claim the folder for this process until it ends; UserError when another has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"the run {self.path} is in use by another process; wait for it or choose another --run"
+            ) from error
+        except OSError:
+            return  # a file system without locks
+
+    def begin(self, settings_yaml: str) -> None:
+        """Write the settings and the environment."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, settings_yaml)
+        write_json(self.path / "env.json", environment())
+
+    def start_metrics(self, step: int, tokens: int, *, tensorboard: bool) -> None:
+        """Note that training starts after ``step``, and open the TensorBoard events."""
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path), purge_step=step + 1)
+        self.log({"event": "start", "step": step, "tokens": tokens, "time": time.time()})
+        self.flush()
+
+    def close(self) -> None:
+        """Write what is queued and close the events."""
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Queue a line for ``metrics.jsonl``; its numbers go to TensorBoard too."""
+        if self._events is not None:
+            for name, value in record.items():
+                if name not in ("step", "tokens", "event", "time"):
+                    self._events.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        self._pending.append(json.dumps(record, ensure_ascii=False))
+
+    def flush(self) -> None:
+        """Write the queued lines."""
+        if self._pending:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write("\n".join(self._pending) + "\n")
+            self._pending.clear()
+
+    def rewind(self, step: int) -> None:
+        """Drop lines beyond ``step``: the run goes on from there and writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                continue  # a line cut by a kill
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the commit; nothing of the user's environment variables but SLURM's job."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+        "git": git_commit(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def command() -> str:
+    """The command as it was typed, near enough."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, ``-dirty`` when files differ from it, or None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,66 @@
+"""Held-out text: the corpus's validation shards, or where it has none, documents chosen by hash."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.errors import UserError
+from data.packing import Array, pack
+from data.prepared import PreparedSource
+from data.sources import DamagedShardError, TextSource, held_out, lines, text_of
+from data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Whole documents, packed."""
+
+    name: str
+    """The source they are from."""
+    rows: Array
+    """Token ids (B, T + 1)."""
+    text_bytes: int
+    """Bytes of UTF-8 of the documents' text: the denominator of bits per byte."""
+    documents: int
+
+
+def read_held_out(source: TextSource | PreparedSource, tokenizer: Tokenizer, seq_len: int, tokens: int) -> HeldOut:
+    """The first held-out documents of a source, until they have ``tokens`` tokens.
+
+    Raises:
+        UserError: the corpus holds out no document at all.
+    """
+    reader = _prepared(source) if isinstance(source, PreparedSource) else _text(source, tokenizer)
+    documents: list[Array] = []
+    text_bytes = count = 0
+    for ids, size in reader:
+        documents.append(ids)
+        text_bytes += size
+        count += len(ids)
+        if count >= tokens:
+            break
+    if not documents:
+        raise UserError(
+            f"{source.name} holds no validation text: it has no shard with 'validation' in its name, and is too small "
+            "for one document in 200 to be held out. Add such a shard, or use --eval.every 0"
+        )
+    return HeldOut(source.name, pack(documents, seq_len, tokenizer.end), text_bytes, len(documents))
+
+
+def _text(source: TextSource, tokenizer: Tokenizer) -> Iterator[tuple[Array, int]]:
+    for shard in source.validation or source.train:
+        try:
+            for number, line in enumerate(lines(shard), 1):
+                text = text_of(line, shard, number)
+                if text and (source.validation or held_out(text)):
+                    yield tokenizer.encode_documents([text])[0], len(text.encode())
+        except DamagedShardError as error:
+            if source.validation:
+                raise UserError(f"{error}. Fetch it again") from error
+
+
+def _prepared(source: PreparedSource) -> Iterator[tuple[Array, int]]:
+    for shard in source.validation:
+        bounds, sizes = shard.bounds().tolist(), shard.text_bytes().tolist()
+        for start, stop, size in zip(bounds, bounds[1:], sizes, strict=False):
+            if stop > start:
+                yield shard.tokens(start, stop), size

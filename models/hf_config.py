@@ -1,0 +1,94 @@
+"""``config.json`` of a model folder, to and from our :class:`ModelConfig`. Imports nothing heavy.
+
+``rope_theta`` stands at the top level beside transformers' ``rope_parameters``: MLC-LLM reads only the
+former and silently falls back to other values without it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from models.sizes import ModelConfig
+
+_FACES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
+"""Architecture, and whether it has QK-norm."""
+
+
+def to_config(config: ModelConfig, *, bos: int | None, eos: int, pad: int | None) -> dict[str, Any]:
+    """The contents of ``config.json`` for a model of this shape and these special tokens."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": "float32",
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn,
+        "max_position_embeddings": config.context,
+        "mlp_bias": False,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": config.vocab,
+    }
+
+
+def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
+    """The shape that a ``config.json`` describes; UserError when our transformer cannot be it."""
+    architecture = (values.get("architectures") or ["none named"])[0]
+    if architecture not in _FACES:
+        raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    rope_kinds = {rope.get("rope_type", "default"), scaling.get("rope_type", "default")}
+    unsupported = {
+        "rope scaling": rope_kinds != {"default"},
+        "attention biases": values.get("attention_bias", False),
+        "MLP biases": values.get("mlp_bias", False),
+        "sliding windows": values.get("use_sliding_window", False),
+    }
+    present = [name for name, there in unsupported.items() if there]
+    if present:
+        raise UserError(f"{folder} uses {', '.join(present)}, which this transformer does not have")
+    try:
+        return ModelConfig(
+            layers=values["num_hidden_layers"],
+            width=values["hidden_size"],
+            heads=values["num_attention_heads"],
+            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+            head_width=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+            ffn=values["intermediate_size"],
+            vocab=values["vocab_size"],
+            context=values["max_position_embeddings"],
+            tied=values.get("tie_word_embeddings", False),
+            qk_norm=_FACES[architecture],
+            rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+        )
+    except KeyError as missing:
+        raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder; UserError when it is no model folder of ours."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no model folder: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return from_config(values, folder)

@@ -1,0 +1,121 @@
+"""Where a run's weights come from: nothing, another model's weights, or a checkpoint to go on from."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.errors import UserError
+from common.run_folder import RunFolder
+from common.settings import differences, read_yaml
+from data.tokenizer import Tokenizer
+from train import checkpoint
+from train.checkpoint import Checkpoints
+from train.settings import TrainSettings
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run starts from; at most one of the two."""
+
+    checkpoint: Path | None = None
+    """Go on from here: weights, optimiser, data."""
+    init: Path | None = None
+    """Take the weights alone."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that belongs to the weights."""
+        for folder in _tokenizer_folders(self.checkpoint or self.init):
+            if (folder / "tokenizer.json").exists():
+                return Tokenizer(folder)
+        return None
+
+
+def _tokenizer_folders(path: Path | None) -> list[Path]:
+    """A model folder holds its tokenizer; a checkpoint's is its run's."""
+    return [] if path is None else [path, path.absolute().parent.parent / "tokenizer"]
+
+
+def adopt_stored(settings: TrainSettings, run: RunFolder) -> TrainSettings:
+    """Take what the command leaves open from the run it goes on with.
+
+    Defaults that depend on the budget (batch, warm-up, decay) must not move when ``--tokens`` grows.
+    """
+    stored = _stored_settings(settings, run)
+    return settings if stored is None else _fill(settings, stored)
+
+
+def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], None]) -> Origin:
+    """Decide what the run starts from.
+
+    Raises:
+        UserError: the run was made with other settings (shows them), exists though ``--resume never``
+            was asked for, or has only damaged checkpoints.
+    """
+    stored = _stored_settings(settings, run)
+    if stored is not None:
+        _refuse_differences(settings, stored, run)
+    if settings.resume not in ("auto", "never"):
+        return Origin(checkpoint=Path(settings.resume))
+    checkpoints = Checkpoints(run.checkpoints, keep=1)
+    if checkpoints.steps():
+        if settings.resume == "never":
+            raise UserError(f"the run {run.path} exists; leave --resume out to go on with it, or choose another --run")
+        newest = checkpoints.newest_good(warn)
+        if newest is None:
+            raise UserError(
+                f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run, "
+                "or from weights that you have with --init"
+            )
+        return Origin(checkpoint=newest)
+    if run.config.exists() and stored is None:
+        shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
+    return Origin(init=Path(settings.init) if settings.init else None)
+
+
+def _stored_settings(settings: TrainSettings, run: RunFolder) -> dict[str, Any] | None:
+    """The settings that the checkpoint to go on from was made with, or None for a new run.
+
+    A run that was stopped before its first checkpoint binds nobody, unless its settings are the same.
+    """
+    if settings.resume not in ("auto", "never"):
+        return dict(checkpoint.read_state(Path(settings.resume))["settings"])
+    if not run.config.exists():
+        return None
+    stored = read_yaml(run.config)
+    if Checkpoints(run.checkpoints, keep=1).steps() or not differences(_fill(settings, stored), stored):
+        return stored
+    return None
+
+
+def _fill(settings: Settings, stored: dict[str, Any]) -> Settings:
+    """``settings`` with stored values where it has None or auto."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value, before = getattr(settings, field.name), stored.get(field.name)
+        if field.metadata.get("may_change"):
+            continue
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _fill(value, before or {})
+        elif value is None or (field.name == "precision" and value == "auto"):
+            changes[field.name] = value if before is None else before
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+def _refuse_differences(settings: TrainSettings, stored: dict[str, Any], run: RunFolder) -> None:
+    different = [
+        (name, old, new)
+        for name, old, new in differences(settings, stored)
+        if not (name == "tokens" and old is not None and new >= old)
+    ]
+    if different:
+        shown = "; ".join(f"{name} was {old}, now {new}" for name, old, new in different)
+        raise UserError(
+            f"the run {run.path} belongs to other settings: {shown}. "
+            "Give the same settings to go on with it, or choose another --run"
+        )

@@ -1,0 +1,257 @@
+"""What ``python train.py`` can be told, and the defaults that follow from the size.
+
+Imports neither torch nor lightning: ``--help`` reads this module.
+"""
+
+import datetime
+import math
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from common.errors import UserError
+from common.settings import MAY_CHANGE, Count, option
+from data.settings import LoaderSettings, Mix
+from models import budget
+from models.hf_config import read_config
+from models.sizes import ModelConfig, adapt, size
+
+
+@dataclass
+class ModelSettings:
+    """What may differ from the size's row in models/sizes.py."""
+
+    vocab: Count | None = None
+    """Rows of the embedding; at least the tokenizer's vocabulary. Default: the size's."""
+    qk_norm: bool | None = None
+    """RMSNorm on queries and keys (exported as Qwen3; without it as Llama). Default: the size's."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the loss (PaLM uses 1e-4)."""
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW, its learning rate and clipping."""
+
+    lr: float | None = None
+    """Peak learning rate. Default: 1e-3 at width 768 and in inverse proportion to the width, at most 4e-3."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms have none."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    clip: float = 1.0
+    """Largest global norm of the gradients; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"--optimizer.lr must be positive, not {self.lr}")
+
+
+@dataclass
+class ScheduleSettings:
+    """The learning rate over the tokens of the run."""
+
+    name: Literal["wsd", "cosine"] = "wsd"
+    """Warm-up, stable, linear decay to the final rate; or warm-up and a cosine."""
+    warmup: Count | None = None
+    """Tokens of linear warm-up. Default: 2% of the run, at least 10 steps and at most half of it."""
+    decay: Count | None = None
+    """Tokens of decay at the end (wsd). Default: 20% of the run."""
+    final: float | None = None
+    """Rate at the end, relative to the peak. Default: 0 (wsd), 0.1 (cosine)."""
+
+
+@dataclass
+class EvalSettings:
+    """Validation and sample continuations while training."""
+
+    every: Count | None = option(None, MAY_CHANGE)
+    """Tokens between evaluations; 0: never. Default: a twentieth of the run."""
+    tokens: Count = option(Count(500_000), MAY_CHANGE)
+    """Held-out tokens of each source to evaluate on."""
+    prompts: list[str] = field(
+        default_factory=lambda: ["The", "In this paper we", "Once upon a time", "To make a good cup of tea,"],
+        metadata=MAY_CHANGE,
+    )
+    """Beginnings that the model continues at every evaluation."""
+    continuation: int = field(default=48, metadata=MAY_CHANGE)
+    """Tokens of each continuation; 0: none."""
+
+
+@dataclass
+class CheckpointSettings:
+    """When the run is saved."""
+
+    every: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Steps between checkpoints. Default: a twentieth of the run, 10 to 1,000."""
+    keep: int = field(default=3, metadata=MAY_CHANGE)
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or (self.every is not None and self.every < 1):
+            raise ValueError("--checkpoint.keep and --checkpoint.every must be at least 1")
+
+
+@dataclass
+class LogSettings:
+    """What is written while training."""
+
+    every: int = field(default=10, metadata=MAY_CHANGE)
+    """Steps between lines on the console and flushes of metrics.jsonl (which has every step)."""
+    tensorboard: bool = field(default=True, metadata=MAY_CHANGE)
+    """Write TensorBoard events into the run folder."""
+
+
+@dataclass
+class TrainSettings:
+    """Pre-train a language model from text."""
+
+    size: str | None = None
+    """Shape of the model: tiny 15m 60m 125m 350m 600m 1b 1.5b 3b c4-60m c4-130m c4-350m c4-1b. Default: 125m."""
+    data: Mix = option(Mix.parse("c4"))
+    """c4, c4:LANGUAGE, sample, a folder (C4's layout or prepared), or a mix: c4:en=0.9,c4:zh=0.1."""
+    tokenizer: str | None = None
+    """A tokenizer's folder, a model folder or a name on the hub. Default: one is trained before the first step."""
+    tokens: Count | None = None
+    """Training budget, such as 2e9. Default: 20 tokens a parameter."""
+    seq_len: Count | None = None
+    """Tokens in a row. Default: the size's context."""
+    batch_tokens: Count | None = None
+    """Tokens in a global batch. Default: grows with the root of the budget, 2^14 to 2^20."""
+    run: str | None = field(default=None, metadata=MAY_CHANGE)
+    """Name (under runs/) or path of the run folder. Default: the size and the date, or the SLURM job."""
+    resume: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto: go on from the run's newest good checkpoint; never: refuse a run that exists; or a checkpoint's path."""
+    init: str | None = None
+    """Start a new run from the weights of a model folder or a checkpoint."""
+    seed: int = 0
+    """Decides the initial weights and the order of shards."""
+    device: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """bf16 computes in bfloat16 over fp32 weights. Default: bf16 where the device multiplies it natively."""
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=MAY_CHANGE)
+    """Compile the model with torch.compile. Default: on CUDA."""
+    deterministic: bool = False
+    """Insist on bit-identical results from run to run, at some speed."""
+    keep_every: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Save every N steps and keep those checkpoints for good."""
+    skip_bad_shards: bool = field(default=False, metadata=MAY_CHANGE)
+    """Pass over shards that cannot be decompressed, and count them, instead of stopping."""
+    micro_batch: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Rows in one forward pass. Default: what fits."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """Departures from the size."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """Optimiser."""
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """Learning-rate schedule."""
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
+    """Data loader."""
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """Evaluation."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """Checkpoints."""
+    log: LogSettings = field(default_factory=LogSettings)
+    """Logs."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "seq_len", "batch_tokens", "micro_batch", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def model_config(settings: TrainSettings) -> ModelConfig:
+    """The shape to train: the size's, or with ``--init`` that of the given weights.
+
+    Raises:
+        UserError: ``--size`` names another shape than ``--init`` holds.
+    """
+    changes = {"vocab": settings.model.vocab, "qk_norm": settings.model.qk_norm}
+    if settings.init is None:
+        config = adapt(size(settings.size or "125m").config, **changes)  # type: ignore[arg-type]
+    else:
+        config = read_config(Path(settings.init))
+        if settings.size is not None:
+            named = adapt(
+                size(settings.size).config, vocab=config.vocab, context=config.context, qk_norm=config.qk_norm
+            )
+            if named != config:
+                raise UserError(f"--init {settings.init} holds {config}, but --size {settings.size} is {named}")
+    if settings.seq_len is not None and settings.seq_len > config.context:
+        config = adapt(config, context=settings.seq_len)
+    return config
+
+
+def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
+    """Fill in every default that follows from the shape and the budget.
+
+    Raises:
+        UserError: the batch does not divide into rows, or the rows into micro-batches.
+    """
+    tokens = settings.tokens or Count(budget.default_tokens(config))
+    seq_len = settings.seq_len or Count(config.context)
+    batch = settings.batch_tokens or Count(max(default_batch_tokens(tokens), seq_len))
+    if batch % seq_len:
+        below = batch // seq_len * seq_len
+        choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
+        raise UserError(f"--batch-tokens {batch} is not a whole number of rows of {seq_len} tokens; use {choices}")
+    rows = batch // seq_len
+    if settings.micro_batch is not None and rows % settings.micro_batch:
+        near = min((d for d in range(1, rows + 1) if rows % d == 0), key=lambda d: abs(d - settings.micro_batch))  # type: ignore[operator]
+        raise UserError(
+            f"a batch of {batch} tokens is {rows} rows of {seq_len}, which --micro-batch {settings.micro_batch} "
+            f"does not divide; use {near}"
+        )
+    steps = math.ceil(tokens / batch)
+    schedule = settings.schedule
+    warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
+    every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 20, batch))
+    save = settings.checkpoint.every or min(1000, max(10, steps // 20))
+    return replace(
+        settings,
+        size=settings.size or ("from weights" if settings.init else "125m"),
+        tokens=tokens,
+        seq_len=seq_len,
+        batch_tokens=batch,
+        run=run_name(settings),
+        optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or min(4e-3, 1e-3 * 768 / config.width)),
+        schedule=replace(
+            schedule,
+            warmup=warmup,
+            decay=schedule.decay if schedule.decay is not None else Count(tokens // 5),
+            final=schedule.final if schedule.final is not None else {"wsd": 0.0, "cosine": 0.1}[schedule.name],
+        ),
+        model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
+        eval=replace(settings.eval, every=every),
+        checkpoint=replace(settings.checkpoint, every=save),
+    )
+
+
+def default_batch_tokens(tokens: int) -> int:
+    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 and 2^20.
+
+    The batch size up to which more rows save steps grows about as the root of the tokens trained on
+    (Zhang et al., arXiv:2410.21676).
+    """
+    return int(2 ** min(20, max(14, round(19 + math.log2(tokens / 2.5e9) / 2))))
+
+
+def run_name(settings: TrainSettings) -> str:
+    """The name given, or the size and the SLURM job, which a requeued job keeps, or else the date."""
+    if settings.run:
+        return settings.run
+    shape = settings.size or (Path(settings.init).name if settings.init else "125m")
+    return f"{shape}-{os.environ.get('SLURM_JOB_ID') or datetime.date.today().isoformat()}"
+
+
+def run_folder(settings: TrainSettings) -> Path:
+    """Where a run lives: a path as it is, a plain name under ``runs/``."""
+    path = Path(run_name(settings)).expanduser()
+    return path if path.is_absolute() or len(path.parts) > 1 else Path("runs") / path
