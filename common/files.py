@@ -40,6 +40,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     replaced = path.with_name(f".{path.name}.old")
+    if replaced.exists() and not path.exists():  # killed between the two renames below
+        replaced.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -87,7 +89,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     if free < needed:
         raise UserError(
             f"no room on the disk of {folder}: {purpose} needs {gigabytes(needed)}, "
-            f"{gigabytes(free)} are free. Free some space or choose another folder with --run."
+            f"{gigabytes(free)} are free. Free some space or choose a folder on another disk."
         )
 
 

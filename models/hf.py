@@ -20,6 +20,7 @@ from models.transformer import Transformer
 SHARD_BYTES = 4 * 10**9
 """The largest safetensors file that is written; more weights go into more files."""
 
+
 def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict under Hugging Face's names, fused matrices split, a tied head left out."""
     q, kv = config.heads * config.head_width, config.kv_heads * config.head_width

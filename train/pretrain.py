@@ -255,8 +255,8 @@ def _tokenizer(
             console.say(f"{rate:.2f} bytes a token in {language} ({on})")
     if given.vocab_size > config.vocab:
         raise UserError(
-            f"the tokenizer in {given.folder} has {given.vocab_size:,} tokens, more than the {config.vocab:,} rows of the "
-            f"model's embedding; use --model.vocab {-(-given.vocab_size // 64) * 64}"
+            f"the tokenizer in {given.folder} has {given.vocab_size:,} tokens, more than the {config.vocab:,} rows "
+            f"of the model's embedding; use --model.vocab {-(-given.vocab_size // 64) * 64}"
         )
     _ = given.end  # says so now when the tokenizer has no end token
     if given.folder != run.tokenizer:

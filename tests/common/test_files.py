@@ -1,0 +1,60 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.files import gigabytes, new_folder, readable_disk_errors, require_space, write_text
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as folder:
+        (folder / "a").write_text("one")
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        raise RuntimeError
+    assert (target / "a").read_text() == "one"
+    with new_folder(target) as folder:
+        (folder / "b").write_text("two")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("one")
+    target.rename(tmp_path / ".made.old")  # where a kill at the worst moment leaves it
+    with pytest.raises(RuntimeError), new_folder(target):
+        raise RuntimeError
+    assert (target / "a").read_text() == "one"
+
+
+def test_text_is_replaced_in_one_step(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "file", "one")
+    write_text(tmp_path / "deep" / "file", "two")
+    assert (tmp_path / "deep" / "file").read_text() == "two"
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_lack_of_room_is_said_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1e\+03 TB|needs .*TB"):
+        require_space(tmp_path / "not" / "yet", 10**15, "the run")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot")],
+)
+def test_errors_of_the_disk_name_the_file(number: int, message: str) -> None:
+    with pytest.raises(UserError, match=message), readable_disk_errors(Path("/some/file")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_bytes_for_people() -> None:
+    assert [gigabytes(count) for count in (12, 3_400, 2_500_000, 7.25e9)] == ["12 B", "3.4 kB", "2.5 MB", "7.25 GB"]

@@ -1,0 +1,84 @@
+"""Corpora, tokenizers and runs that several test files use."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+WORDS = (
+    "the of and a to in is that it was for on are as with they be at one have this from or had by but some what "
+    "there we can out other were all your when up use word how said each she which do their time if will way about "
+    "many then them would write like so these her long make thing see him two has look more day could go come did "
+    "number sound no most people my over know water than call first who may down side been now find any new work 12 7"
+).split()
+
+
+def make_text(rng: random.Random, words: int) -> str:
+    """Sentences of common words."""
+    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."
+
+
+def write_shard(path: Path, texts: list[str]) -> None:
+    """A gzipped shard in C4's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://a.b"}) + "\n")
+
+
+def write_corpus(folder: Path, shards: list[list[str]], validation: list[str] | None = None) -> Path:
+    """A corpus in C4's layout: a list of texts for each shard."""
+    for number, texts in enumerate(shards):
+        write_shard(folder / "en" / f"c4-train.{number:05d}-of-{len(shards):05d}.json.gz", texts)
+    if validation is not None:
+        write_shard(folder / "en" / "c4-validation.00000-of-00001.json.gz", validation)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 150 documents each and 20 for validation."""
+    rng = random.Random(0)
+    shards = [[make_text(rng, rng.randint(5, 80)) for _ in range(150)] for _ in range(3)]
+    return write_corpus(tmp_path_factory.mktemp("corpus"), shards, [make_text(rng, 60) for _ in range(20)])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A byte-level BPE of 512 tokens."""
+    from data.tokenizer import train_tokenizer
+
+    rng = random.Random(1)
+    texts = [make_text(rng, 50) for _ in range(200)]
+    return train_tokenizer(texts, 512, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data beside the checkout."""
+    if not SHARED.exists():
+        pytest.skip(f"needs the project's real data in {SHARED}")
+    return SHARED
+
+
+def run_command(
+    *words: str | Path, environment: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python command of the project as a user would, from the checkout."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
