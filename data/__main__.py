@@ -1,7 +1,14 @@
 """``python -m data tokenizer`` and ``python -m data prepare``."""
 
+import os
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from common.console import Console, duration
 from common.errors import UserError
 from common.settings import parse, run_command, to_dict
 
@@ -39,9 +46,6 @@ def _tokenizer(argv: list[str]) -> None:
         description="Train a byte-level BPE tokenizer on a sample of a corpus.\n\nexample:\n"
         "  python -m data tokenizer --data c4:en=0.9,c4:zh=0.1 --vocab 32768 --out tokenizer\n",
     )
-    from pathlib import Path
-
-    from common.console import Console
     from data.prepared import PreparedSource
     from data.sources import Corpus
     from data.tokenizer import bytes_per_token, sample_texts, train_tokenizer
@@ -70,11 +74,6 @@ def _prepare(argv: list[str]) -> None:
         description="Write the tokens of a corpus to memory-mapped shards; running again goes on after a kill.\n\n"
         "example:\n  python -m data prepare --data c4 --tokenizer tokenizer --out prepared/c4 --shards 64\n",
     )
-    import os
-    from dataclasses import replace
-    from pathlib import Path
-
-    from common.console import Console, duration
     from common.files import cache_folder
     from data.prepare import check_space, prepare
     from data.prepared import PreparedSource
@@ -97,37 +96,25 @@ def _prepare(argv: list[str]) -> None:
         source = replace(source, train=source.train[: settings.shards])
     out = Path(settings.out)
     check_space(source, out)
-    total = len(source.train) + len(source.validation)
-    _report(
-        console,
-        prepare(
-            source,
-            tokenizer,
-            out,
-            workers=settings.workers if settings.workers is not None else os.cpu_count() or 1,
-            skip_bad_shards=settings.skip_bad_shards,
-        ),
-        total,
-        duration,
-    )
+    workers = settings.workers if settings.workers is not None else os.cpu_count() or 1
+    records = prepare(source, tokenizer, out, workers=workers, skip_bad_shards=settings.skip_bad_shards)
+    _report(console, records, len(source.train) + len(source.validation))
     console.say(f"prepared: {out}\nnext: python train.py --data {out}")
 
 
-def _report(console, records, total, duration) -> None:  # type: ignore[no-untyped-def]
-    import time
-
+def _report(console: Console, records: Iterator[dict[str, Any]], total: int) -> None:
+    """Show each finished shard, the speed and the time left."""
     began, tokens = time.perf_counter(), 0
     console.start(total, 0)
     try:
         for done, record in enumerate(records, 1):
             tokens += record["tokens"]
             elapsed = time.perf_counter() - began
-            left = duration(elapsed / done * (total - done))
             status = {
                 "shard": f"{done}/{total}",
                 "tokens": f"{tokens:,}",
                 "tok/s": f"{tokens / elapsed:,.0f}",
-                "left": left,
+                "left": duration(elapsed / done * (total - done)),
             }
             console.progress(done, total, status)
             if record["damage"]:

@@ -280,8 +280,10 @@ def chunk_loss(
     d_logits = None
     if with_gradients:
         weight = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0)
-        d_scores = scores.sub_(log_z[:, None]).exp_().mul_(weight[:, None])
-        d_logits = d_scores.scatter_add_(1, index, -counted.float()[:, None]).to(logits.dtype)
+        d_logits = scores.sub_(log_z[:, None]).exp_().mul_(weight[:, None]).to(logits.dtype)
+        # Written, not added, at the targets: the pass above then ends in the logits' dtype.
+        d_target = weight * (-nll).exp() - counted.float()
+        d_logits.scatter_(1, index, d_target[:, None].to(logits.dtype))
     return nll.sum() + penalty.sum(), nll.sum(), d_logits
 
 

@@ -62,6 +62,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def micro_model(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of two thin layers for the tokenizer above: real in all but size."""
+    from models.hf import write_model
+    from models.sizes import ModelConfig
+    from models.transformer import Transformer
+
+    config = ModelConfig(2, 32, 2, 1, 16, 64, tokenizer.vocab_size, 64, tied=True, qk_norm=True)
+    folder = tmp_path_factory.mktemp("micro")
+    ids = {"bos": tokenizer.begin, "eos": tokenizer.end, "pad": tokenizer.pad}
+    write_model(Transformer(config, seed=0).state_dict(), config, folder, **ids)
+    tokenizer.copy_to(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data beside the checkout."""
     if not SHARED.exists():

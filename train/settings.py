@@ -216,7 +216,7 @@ def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
     save = settings.checkpoint.every or min(1000, max(10, steps // 20))
     return replace(
         settings,
-        size=settings.size or ("from weights" if settings.init else "125m"),
+        size=settings.size or (None if settings.init else "125m"),
         tokens=tokens,
         seq_len=seq_len,
         batch_tokens=batch,

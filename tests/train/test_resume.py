@@ -1,0 +1,97 @@
+"""A run that is killed and goes on is the run that was never stopped, bit for bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.prepare import prepare
+from data.sources import open_source
+from tests.conftest import ROOT
+
+STEPS = 60
+RUN = (
+    "--seq-len", "32", "--batch-tokens", "256", "--device", "cpu", "--tokens", str(STEPS * 256), "--precision", "32", "--log.every", "1", "--log.tensorboard", "false",
+    "--checkpoint.every", "4", "--loader.streams", "8", "--eval.every", "5120", "--eval.tokens", "500",
+    "--eval.continuation", "4",
+)  # fmt: skip
+
+
+def run(folder: Path, data: Path, model: Path, kills: list[dict], last_workers: int = 0) -> list[dict]:
+    """Train in ``folder`` with the given kills; returns how each attempt ended."""
+    argv = [*RUN, "--run", str(folder), "--data", str(data), "--init", str(model)]
+    plan = {"argv": argv, "run": str(folder), "kills": kills, "last_workers": last_workers}
+    script = Path(__file__).with_name("kill_and_resume.py")
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(plan)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"from"')]
+
+
+def what_it_computed(folder: Path) -> tuple[list, bytes]:
+    """Every loss, norm and validation figure of a run, and its final weights."""
+    figures = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record.pop("tokens_per_s", None)
+        if "event" not in record:
+            figures.append(record)
+    return figures, (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    list(prepare(open_source(str(corpus)), tokenizer, folder, workers=0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, bytes]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder, corpus, micro_model, [])
+    figures, weights = what_it_computed(folder)
+    assert [record["step"] for record in figures if "loss" in record] == list(range(1, STEPS + 1))
+    return figures, weights
+
+
+@pytest.mark.parametrize(
+    ("form", "workers", "name", "kills"),
+    [
+        ("streamed", [0], "SIGKILL", 10),
+        ("streamed", [2, 0, 2], "SIGKILL", 4),
+        ("prepared", [0], "SIGKILL", 4),
+        ("prepared", [2], "SIGKILL", 3),
+        ("streamed", [0, 2], "SIGTERM", 4),
+    ],
+)
+def test_kills_change_nothing(
+    form: str, workers: list[int], name: str, kills: int, corpus, prepared, micro_model, uninterrupted, tmp_path
+) -> None:
+    rng = random.Random(f"{form} {workers} {name}")
+    steps = sorted(rng.sample(range(1, STEPS), kills))
+    planned = [{"step": s, "signal": name, "workers": workers[i % len(workers)]} for i, s in enumerate(steps)]
+    data = corpus if form == "streamed" else prepared
+    ends = run(tmp_path / "run", data, micro_model, planned, workers[-1])
+    assert [end["code"] for end in ends[:-1]] == [-9 if name == "SIGKILL" else 128 + 15] * kills
+    assert ends[-1]["code"] == 0
+    figures, weights = what_it_computed(tmp_path / "run")
+    assert figures == uninterrupted[0]
+    assert weights == uninterrupted[1]
+
+
+def test_a_signal_before_the_first_step_is_survived(corpus, micro_model, tmp_path) -> None:
+    folder = tmp_path / "run"
+    ends = run(folder, corpus, micro_model, [{"step": 0, "signal": "SIGUSR1", "workers": 0}])
+    assert ends[0]["code"] in (128 + 10, -10)  # -10: it struck before Python ran the first line
+    assert ends[1]["code"] == 0
