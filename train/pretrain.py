@@ -330,11 +330,10 @@ def _evaluator(
     def evaluate(step: int) -> dict[str, float]:
         figures = validate(model, held_out, corpus.weights, tokenizer.end, rows, device)
         if settings.eval.continuation:
+            length = settings.eval.continuation
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
                 samples = {
-                    prompt: continue_text(
-                        model, tokenizer, prompt, settings.eval.continuation, config.context, device, settings.seed
-                    )
+                    prompt: continue_text(model, tokenizer, prompt, length, config.context, device, settings.seed)
                     for prompt in settings.eval.prompts
                 }
             write_samples(run, step, samples)

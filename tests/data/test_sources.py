@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from data.settings import Mix
 from data.sources import Corpus, DamagedShardError, LocalShard, lines, open_source, text_of
-from tests.conftest import write_corpus, write_shard
+from tests.conftest import write_shard
 
 
 def test_a_mix_is_read_as_people_write_it(tmp_path: Path) -> None:

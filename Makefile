@@ -1,0 +1,45 @@
+# palmtop: make demo · make test · make check · make bench. Each makes .venv when it is missing.
+PYTHON ?= python3
+RUN    := .venv/bin/python
+# What the demo trains; a smaller budget makes a smaller demo.
+DEMO_TOKENS ?= 600k
+DEMO_RUN    ?= runs/demo
+
+.PHONY: demo test check bench clean
+
+# torch first: deepspeed builds against it, and a pinned torch keeps pip from fetching another one.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "palmtop needs Python 3.11 or 3.12; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 $(RUN) -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[deepspeed]'
+	@touch $@
+
+demo: .venv/ready
+	$(RUN) train.py --size tiny --data sample --tokens $(DEMO_TOKENS) --batch-tokens 8192 --run $(DEMO_RUN) \
+		--eval.tokens 40000
+	@$(RUN) -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+		folder = sys.argv[1]; model = M.from_pretrained(folder); tokenizer = T.from_pretrained(folder); \
+		print(f"transformers loads it: {type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")' \
+		$(DEMO_RUN)/model
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+check: .venv/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy .
+	$(RUN) -m mypy train.py
+	.venv/bin/lint-imports
+
+bench: .venv/ready
+	$(RUN) bench/train_step.py
+	$(RUN) bench/data.py
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.settings import Count, parse
+from train.settings import TrainSettings, default_batch_tokens, model_config, resolve, run_folder
+
+
+def read(*words: str) -> TrainSettings:
+    settings = parse(TrainSettings, words, prog="train.py", description="")
+    return resolve(settings, model_config(settings))
+
+
+def test_defaults_follow_from_the_size() -> None:
+    settings = read("--size", "125m")
+    assert settings.tokens == 20 * 125_081_664
+    assert settings.seq_len == 2048
+    assert settings.batch_tokens == 2**19
+    assert settings.schedule.decay == settings.tokens // 5
+    assert settings.optimizer.lr == pytest.approx(1e-3 * 768 / 576)
+    assert None not in (settings.run, settings.model.vocab, settings.checkpoint.every, settings.eval.every)
+
+
+def test_the_batch_grows_with_the_root_of_the_budget() -> None:
+    sizes = [default_batch_tokens(tokens) for tokens in (10**6, 10**8, 25 * 10**8, 10**10, 10**13)]
+    assert sizes == [2**14, 2**17, 2**19, 2**20, 2**20]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "1bb"], r"the sizes are 1b, "),
+        (["--size", "tiny", "--seq-len", "100", "--batch-tokens", "250"], "not a whole number of rows of 100 tokens; use 200 or 300"),
+        (["--size", "tiny", "--batch-tokens", "1024", "--micro-batch", "3"], "which --micro-batch 3 does not divide; use 2"),
+        (["--size", "tiny", "--tokens", "0"], "--tokens must be at least 1"),
+        (["--checkpoint.keep", "0"], "--checkpoint.keep"),
+        (["--init", "/no/such/model"], "no model folder"),
+        (["--data", "a=1,a=2"], "stands twice"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_with_numbers(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(*words)
+
+
+def test_init_decides_the_shape(micro_model: Path) -> None:
+    assert model_config(parse(TrainSettings, ["--init", str(micro_model)], prog="", description="")).width == 32
+    with pytest.raises(UserError, match="but --size tiny is"):
+        read("--init", str(micro_model), "--size", "tiny")
+
+
+def test_a_run_is_named_or_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_folder(TrainSettings(run="mine")) == Path("runs/mine")
+    assert run_folder(TrainSettings(run="./mine")) == Path("runs/mine") or run_folder(TrainSettings(run="a/b")) == Path(
+        "a/b"
+    )
+    assert run_folder(TrainSettings(run="/a/b")) == Path("/a/b")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert run_folder(TrainSettings(size="1b")) == Path("runs/1b-4711")
+
+
+def test_seq_len_beyond_the_size_extends_the_context() -> None:
+    settings = parse(TrainSettings, ["--size", "tiny", "--seq-len", "512"], prog="", description="")
+    assert model_config(settings).context == 512
+    assert resolve(settings, model_config(settings)).seq_len == Count(512)
