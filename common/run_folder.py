@@ -12,8 +12,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -28,7 +30,6 @@ class RunFolder:
         self.path = path
         self._pending: list[str] = []
         self._events: Any = None
-        self._lock: IO[str] | None = None
 
     @property
     def config(self) -> Path:
@@ -55,18 +56,20 @@ class RunFolder:
         """The model folder of the last good state."""
         return self.path / "model"
 
-    def lock(self) -> None:
-        """Claim the folder for this process until it ends; UserError when another has it."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """A block in which no other process can claim the folder; UserError when one has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"the run {self.path} is in use by another process; wait for it or choose another --run"
-            ) from error
-        except OSError:
-            return  # a file system without locks
+        with open(self.path / ".lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"the run {self.path} is in use by another process; wait for it or choose another --run"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def begin(self, settings_yaml: str) -> None:
         """Write the settings and the environment."""

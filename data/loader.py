@@ -64,6 +64,11 @@ class StreamGroup:
         return self._positions.get(stream, Position())
 
     @property
+    def positions(self) -> dict[int, Position]:
+        """Where the streams stand that have been read, here or before."""
+        return self._positions | {number: stream.position for number, stream in self._streams.items()}
+
+    @property
     def bad_shards(self) -> set[str]:
         """Names of the damaged shards that were passed over."""
         return self._readers.bad_shards
@@ -129,42 +134,42 @@ class Loader:
         if rows % self._world:
             raise UserError(f"{rows} rows a batch cannot be shared evenly by {self._world} devices")
         first = self._rows + (self._rank - self._rows) % self._world
-        wanted = [row % self._order.streams for row in range(first, self._rows + rows, self._world)]
-        taken = self._take_here(wanted) if self._group is not None else self._take_ahead(wanted)
+        mine = range(first, self._rows + rows, self._world)
+        taken = self._take_here(mine) if self._group is not None else self._take_ahead(mine)
         self._rows += rows
         return taken
 
     def state(self) -> dict[str, Any]:
         """Rows handed out and the positions of this rank's streams, as plain values for JSON."""
-        return {"rows": self._rows, "positions": {str(s): at.to_list() for s, at in sorted(self._positions.items())}}
+        positions = self._positions if self._group is None else self._group.positions
+        own = {stream: at for stream, at in sorted(positions.items()) if stream % self._world == self._rank}
+        return {"rows": self._rows, "positions": {str(stream): at.to_list() for stream, at in own.items()}}
 
     def close(self) -> None:
         """End the worker processes."""
         if self._ahead is not None:
             self._ahead.close()
 
-    def _take_here(self, wanted: list[int]) -> Array:
+    def _take_here(self, mine: range) -> Array:
         assert self._group is not None
-        places: dict[int, list[int]] = {}
-        for place, stream in enumerate(wanted):
-            places.setdefault(stream, []).append(place)
+        period = self._order.streams // self._world  # this rank's streams take turns
         out: Array | None = None
-        for stream, own in places.items():
-            rows = self._group.take(stream, len(own))
+        for place in range(min(period, len(mine))):
+            own = len(range(place, len(mine), period))
+            rows = self._group.take(mine[place] % self._order.streams, own)
             if out is None:
-                out = np.empty((len(wanted), rows.shape[1]), dtype=rows.dtype)
-            out[own] = rows
-            self._positions[stream] = self._group.position(stream)
+                out = np.empty((len(mine), rows.shape[1]), dtype=rows.dtype)
+            out[place::period] = rows
         self.bad_shards |= self._group.bad_shards
         assert out is not None
         return out
 
-    def _take_ahead(self, wanted: list[int]) -> Array:
+    def _take_ahead(self, mine: range) -> Array:
         assert self._ahead is not None
         rows = []
-        for stream in wanted:
+        for row in mine:
             tokens, position = self._ahead.next()
-            self._positions[stream] = position
+            self._positions[row % self._order.streams] = position
             rows.append(tokens)
         self.bad_shards |= self._ahead.bad_shards
         return np.stack(rows)

@@ -37,19 +37,26 @@ class Batch:
 
 def make_batch(rows: Array, end: int) -> Batch:
     """Turn rows (B, T + 1) of token ids into a batch; ``end`` is the id that closes documents."""
-    inputs = rows[:, :-1].astype(np.int64)
-    targets = rows[:, 1:].astype(np.int64)
-    ends = inputs == end
+    # One block of memory: the allocator keeps it for the next batch, where several would be given back.
+    inputs, targets, positions = np.empty((3, len(rows), rows.shape[1] - 1), dtype=np.int64)
+    inputs[:], targets[:] = rows[:, :-1], rows[:, 1:]
+    ends = rows[:, :-1] == end
     targets[ends] = IGNORE
-    place = np.arange(inputs.shape[1])
-    starts = np.zeros_like(inputs)
-    starts[:, 1:] = np.where(ends[:, :-1], place[1:], 0)
-    return Batch(inputs, targets, place - np.maximum.accumulate(starts, axis=1))
+    begins = np.ones_like(ends)
+    begins[:, 1:] = ends[:, :-1]
+    starts = np.flatnonzero(begins)
+    # Positions rise by one with every token, but for those that start a row or a document: back to 0.
+    steps = positions.reshape(-1)
+    steps[:] = 1
+    steps[starts] = 1 - np.diff(starts, prepend=-1)
+    np.cumsum(steps, out=steps)
+    return Batch(inputs, targets, positions)
 
 
 def cut_rows(tokens: Array, seq_len: int) -> Array:
-    """The rows (B, T + 1) in a run of B·T + 1 tokens, overlapping by one, without copying."""
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+    """The rows (B, T + 1) in a run of B·T + 1 contiguous tokens, overlapping by one, without copying."""
+    shape = ((len(tokens) - 1) // seq_len, seq_len + 1)
+    return np.ndarray(shape, tokens.dtype, tokens, strides=(seq_len * tokens.itemsize, tokens.itemsize))
 
 
 def pack(documents: list[Array], seq_len: int, end: int) -> Array:

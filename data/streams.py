@@ -21,6 +21,9 @@ from data.sources import Corpus, DamagedShardError, Shard, TextSource, held_out,
 READ_AHEAD = 8
 """Documents that a stream tokenises at a time."""
 
+WINDOW = 2**16
+"""Prepared tokens that a stream looks up at a time."""
+
 Encode = Callable[[list[str]], list[Array]]
 """Texts to token ids with begin and end; an empty text to no ids."""
 
@@ -319,7 +322,7 @@ class PreparedStream:
                     raise _empty_stream(self._stream)
                 self._next_part()
         self._offset -= 1
-        return cut_rows(np.concatenate(pieces), self._seq_len)
+        return cut_rows(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), self._seq_len)
 
     def _next_part(self) -> None:
         self._index += 1
@@ -340,6 +343,8 @@ class _PreparedPart:
         self._starts = bounds[:-1][part.phase :: part.stride].astype(np.int64)
         lengths = (bounds[1:] - bounds[:-1])[part.phase :: part.stride].astype(np.int64)
         self._ends = np.cumsum(lengths)
+        self._size = int(self._ends[-1]) if len(lengths) else 0
+        self._window, self._window_start = np.empty(0, dtype=shard.dtype), 0
 
     def offset(self, position: Position) -> int:
         before = int(self._ends[position.document - 1]) if position.document else 0
@@ -352,8 +357,14 @@ class _PreparedPart:
 
     def read(self, offset: int, count: int) -> Array:
         """At most ``count`` tokens from ``offset`` on; fewer where the part ends."""
-        size = int(self._ends[-1]) if len(self._ends) else 0
-        stop = min(offset + count, size)
+        stop = min(offset + count, self._size)
+        if not self._window_start <= offset <= stop <= self._window_start + len(self._window):
+            self._window = self._look_up(offset, min(max(stop, offset + WINDOW), self._size))
+            self._window_start = offset
+        return self._window[offset - self._window_start : stop - self._window_start]
+
+    def _look_up(self, offset: int, stop: int) -> Array:
+        """Tokens ``offset`` to ``stop`` of the run."""
         if stop <= offset:
             return np.empty(0, dtype=self._shard.dtype)
         first, token = self.locate(offset)

@@ -9,111 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+collect_ignore_glob = [] if torch.cuda.is_available() else ["*_on_gpu.py"]
+"""A GPU cannot be installed, so its tests are not there without one, rather than skipped."""
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "a",
-    "to",
-    "in",
-    "is",
-    "that",
-    "it",
-    "was",
-    "for",
-    "on",
-    "are",
-    "as",
-    "with",
-    "they",
-    "be",
-    "at",
-    "one",
-    "have",
-    "this",
-    "from",
-    "or",
-    "had",
-    "by",
-    "but",
-    "some",
-    "what",
-    "there",
-    "we",
-    "can",
-    "out",
-    "other",
-    "were",
-    "all",
-    "your",
-    "when",
-    "up",
-    "use",
-    "word",
-    "how",
-    "said",
-    "each",
-    "she",
-    "which",
-    "do",
-    "their",
-    "time",
-    "if",
-    "will",
-    "way",
-    "about",
-    "many",
-    "then",
-    "them",
-    "would",
-    "write",
-    "like",
-    "so",
-    "these",
-    "her",
-    "long",
-    "make",
-    "thing",
-    "see",
-    "him",
-    "two",
-    "has",
-    "look",
-    "more",
-    "day",
-    "could",
-    "go",
-    "come",
-    "did",
-    "number",
-    "sound",
-    "no",
-    "most",
-    "people",
-    "my",
-    "over",
-    "know",
-    "water",
-    "than",
-    "call",
-    "first",
-    "who",
-    "may",
-    "down",
-    "side",
-    "been",
-    "now",
-    "find",
-    "any",
-    "new",
-    "work",
-    "12",
-    "7",
-]
+WORDS = """
+the of and a to in is that it was for on are as with they be at one have this from or had by but some what there we
+can out other were all your when up use word how said each she which do their time if will way about many then them
+would write like so these her long make thing see him two has look more day could go come did number sound no most
+people my over know water than call first who may down side been now find any new work 12 7
+""".split()
 
 
 def make_text(rng: random.Random, words: int) -> str:
@@ -180,12 +89,12 @@ def shared() -> Path:
 
 
 def run_command(
-    *words: str | Path, environment: dict[str, str] | None = None, timeout: float = 300
+    *words: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python command of the project as a user would, from the checkout."""
+    """Run a Python command of the project as a user would, by default from the checkout."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | (environment or {}),
         capture_output=True,
         text=True,

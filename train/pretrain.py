@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,14 +66,22 @@ def pretrain(settings: TrainSettings) -> signal.Signals | None:
     Raises:
         UserError: anything that the user can put right.
     """
-    console = Console()
-
-    # Settings, and where the weights come from
     run = RunFolder(run_folder(settings))
+    new = not run.path.exists()
+    try:
+        with run.claimed():
+            return _pretrain(settings, run, Console())
+    except UserError:
+        if new and not Checkpoints(run.checkpoints, keep=1).steps():
+            shutil.rmtree(run.path)  # nothing came of it
+        raise
+
+
+def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> signal.Signals | None:
+    # Settings, and where the weights come from
     settings = adopt_stored(settings, run)
     config = model_config(settings)
     settings = replace(resolve(settings, config), precision=_precision(settings))
-    run.lock()
     origin = find_origin(settings, run, console.warn)
     _check_room(config, run)
     console.settings(f"run {run.path}", to_dict(settings))

@@ -225,27 +225,6 @@ def test_flex_attention_is_masked_attention() -> None:
     torch.testing.assert_close(attend(*qkv, block_mask(POSITIONS)), masked, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_flex_attention_on_a_gpu_is_masked_attention() -> None:
-    positions = torch.arange(256).remainder(100).repeat(2, 1)
-    ours, reference = queries_keys_values(256, "cuda"), queries_keys_values(256)
-    on_gpu = attend(*ours, document_mask(positions.cuda(), torch.float32))
-    on_cpu = attend(*reference, document_mask(positions, torch.float32))
-    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=5e-3)  # its products are in TF32
-    on_gpu.square().sum().backward()
-    on_cpu.square().sum().backward()
-    for x, y in zip(ours, reference, strict=True):
-        torch.testing.assert_close(x.grad.cpu(), y.grad, rtol=0, atol=2e-2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_loss_on_a_gpu_is_the_loss_on_a_cpu() -> None:
-    model, row = Transformer(CONFIG), tokens(2, 10)
-    expected, _ = model(row, POSITIONS, shifted(row, POSITIONS))
-    on_gpu, _ = model.cuda()(row.cuda(), POSITIONS.cuda(), shifted(row, POSITIONS).cuda())
-    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-3, atol=0)
-
-
 def test_eager_steps_repeat_to_the_bit() -> None:
     row = tokens(4, 10)
     results = []

@@ -14,11 +14,11 @@ from data.sources import open_source
 from tests.conftest import ROOT
 
 STEPS = 60
-RUN = (
-    "--seq-len", "32", "--batch-tokens", "256", "--device", "cpu", "--tokens", str(STEPS * 256), "--precision", "32", "--log.every", "1", "--log.tensorboard", "false",
-    "--checkpoint.every", "4", "--loader.streams", "8", "--eval.every", "5120", "--eval.tokens", "500",
-    "--eval.continuation", "4",
-)  # fmt: skip
+RUN = f"""
+--tokens {STEPS * 256} --batch-tokens 256 --seq-len 32 --device cpu --precision 32
+--checkpoint.every 4 --eval.every 5120 --eval.tokens 500 --eval.continuation 4
+--log.every 1 --log.tensorboard false --loader.streams 8
+""".split()
 
 
 def run(folder: Path, data: Path, model: Path, kills: list[dict], last_workers: int = 0) -> list[dict]:

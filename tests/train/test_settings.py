@@ -30,18 +30,18 @@ def test_the_batch_grows_with_the_root_of_the_budget() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--size", "1bb"], r"the sizes are 1b, "),
-        (["--size", "tiny", "--seq-len", "100", "--batch-tokens", "250"], "not a whole number of rows of 100 tokens; use 200 or 300"),
-        (["--size", "tiny", "--batch-tokens", "1024", "--micro-batch", "3"], "which --micro-batch 3 does not divide; use 2"),
-        (["--size", "tiny", "--tokens", "0"], "--tokens must be at least 1"),
-        (["--checkpoint.keep", "0"], "--checkpoint.keep"),
-        (["--init", "/no/such/model"], "no model folder"),
-        (["--data", "a=1,a=2"], "stands twice"),
+        ("--size 1bb", "the sizes are 1b, "),
+        ("--size tiny --seq-len 100 --batch-tokens 250", "not a whole number of rows of 100 tokens; use 200 or 300"),
+        ("--size tiny --batch-tokens 1024 --micro-batch 3", "which --micro-batch 3 does not divide; use 2"),
+        ("--size tiny --tokens 0", "--tokens must be at least 1"),
+        ("--checkpoint.keep 0", "--checkpoint.keep"),
+        ("--init /no/such/model", "no model folder"),
+        ("--data a=1,a=2", "stands twice"),
     ],
-)  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_with_numbers(words: list[str], message: str) -> None:
+)
+def test_settings_that_do_not_fit_are_refused_with_numbers(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(*words)
+        read(*words.split())
 
 
 def test_init_decides_the_shape(micro_model: Path) -> None:

@@ -1,0 +1,25 @@
+"""The CUDA paths against the CPU's; collected only where there is a GPU (tests/conftest.py)."""
+
+import torch
+
+from models.transformer import Transformer, attend, document_mask
+from tests.models.test_transformer import CONFIG, POSITIONS, queries_keys_values, shifted, tokens
+
+
+def test_flex_attention_on_a_gpu_is_masked_attention() -> None:
+    positions = torch.arange(256).remainder(100).repeat(2, 1)
+    ours, reference = queries_keys_values(256, "cuda"), queries_keys_values(256)
+    on_gpu = attend(*ours, document_mask(positions.cuda(), torch.float32))
+    on_cpu = attend(*reference, document_mask(positions, torch.float32))
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=5e-3)  # its products are in TF32
+    on_gpu.square().sum().backward()
+    on_cpu.square().sum().backward()
+    for x, y in zip(ours, reference, strict=True):
+        torch.testing.assert_close(x.grad.cpu(), y.grad, rtol=0, atol=2e-2)
+
+
+def test_loss_on_a_gpu_is_the_loss_on_a_cpu() -> None:
+    model, row = Transformer(CONFIG), tokens(2, 10)
+    expected, _ = model(row, POSITIONS, shifted(row, POSITIONS))
+    on_gpu, _ = model.cuda()(row.cuda(), POSITIONS.cuda(), shifted(row, POSITIONS).cuda())
+    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-3, atol=0)
