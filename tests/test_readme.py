@@ -1,0 +1,89 @@
+"""README is true: every command in it runs, its table is what the code says."""
+
+import os
+import random
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from models.budget import parameters, phone_bytes
+from models.sizes import SIZES
+from tests.conftest import ROOT, make_text, run_command, write_corpus
+from tests.data.fake_hub import C4_CARD, FakeHub
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+
+
+def size_table() -> str:
+    """The size table as it stands in README."""
+    lines = [
+        "| size | layers × width | heads / KV | parameters | on a phone | why |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, size in SIZES.items():
+        config = size.config
+        count, held = parameters(config).total / 1e6, phone_bytes(config, config.context) / 1e9
+        lines.append(
+            f"| `{name}` | {config.layers} × {config.width} | {config.heads} / {config.kv_heads} | {count:,.0f} M "
+            f"| {held:.2f} GB | {size.why} |"
+        )
+    return "\n".join(lines)
+
+
+def test_the_size_table_is_current() -> None:
+    table = re.search(r"<!-- sizes: begin -->\n(.*?)\n<!-- sizes: end -->", README, re.S)
+    assert table is not None
+    assert table[1] == size_table()
+
+
+def test_every_folder_is_explained() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {path.partition("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")}
+    section = README.partition("## Where things are")[2]
+    assert folders - {"docs"} == set(re.findall(r"^\| `(\w+)/` \|", section, re.M))
+
+
+SMALLER = {
+    "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
+    "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
+    "data tokenizer": "--vocab 512",
+    "data prepare": "--workers 1",
+}
+"""What makes a command of README small enough for a test: the same command, less of it."""
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [[make_text(rng, 60) for _ in range(300)] for _ in range(2)]
+    write_corpus(tmp_path / "my-corpus", texts, ["validation text"] * 5)
+    files = {f"en/{path.name}": path.read_bytes() for path in (tmp_path / "my-corpus" / "en").iterdir()}
+    chinese = {
+        name.replace("en/c4-train", "multilingual/c4-zh").replace("en/c4-v", "multilingual/c4-zh-v"): data
+        for name, data in files.items()
+    }
+    commands = [line for line in COMMANDS if not line.startswith("make ")]
+    with FakeHub({"allenai/c4": {"README.md": C4_CARD, **files, **chinese}}) as hub:
+        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+        for line in sorted(commands, key=lambda line: "data tokenizer" not in line):  # the tokenizer is used by others
+            program, *words = shlex.split(line)
+            assert program == ".venv/bin/python"
+            smaller = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
+            if "--init" in words:
+                smaller = smaller[smaller.index("--tokens") :]  # the shape and the tokenizer come with the weights
+            words = [str(ROOT / word) if word == "train.py" else word for word in words]
+            done = run_command(*words, *smaller, environment=environment, folder=tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "continued" / "model" / "model.safetensors").exists()
+
+
+def test_make_demo_ends_with_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    assert [line for line in COMMANDS if line.startswith("make")] == ["make demo", "make test"]
+    environment = os.environ | {"DEMO_TOKENS": "33k", "DEMO_RUN": str(tmp_path / "demo")}
+    done = subprocess.run(["make", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "transformers loads it: Qwen3ForCausalLM" in done.stdout
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  tok/s", done.stdout)]
+    assert losses
+    assert "validation: loss" in done.stdout
