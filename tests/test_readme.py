@@ -66,12 +66,14 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     commands = [line for line in COMMANDS if not line.startswith("make ")]
     with FakeHub({"allenai/c4": {"README.md": C4_CARD, **files, **chinese}}) as hub:
         environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
-        for line in sorted(commands, key=lambda line: "data tokenizer" not in line):  # the tokenizer is used by others
+        for number, line in enumerate(sorted(commands, key=lambda line: "data tokenizer" not in line)):
             program, *words = shlex.split(line)
             assert program == ".venv/bin/python"
             smaller = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
             if "--init" in words:
                 smaller = smaller[smaller.index("--tokens") :]  # the shape and the tokenizer come with the weights
+            if "train.py" in line and "--run" not in words:
+                smaller += ["--run", f"runs/{number}"]  # the names of these runs come from the size, here the same
             words = [str(ROOT / word) if word == "train.py" else word for word in words]
             done = run_command(*words, *smaller, environment=environment, folder=tmp_path)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
