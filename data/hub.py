@@ -12,16 +12,17 @@ its retries (dropped connections, timeouts, HTTP 408, 429 and 5xx) and the waits
 import errno
 import fcntl
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from common.errors import UserError
-from common.files import cache_folder, readable_disk_errors, require_space, sync
+from common.files import cache_folder, readable_disk_errors, require_space, sync, write_json
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -82,7 +83,10 @@ class HubShard:
 
 
 def resolve(repo: str, config: str | None) -> dict[str, list[HubShard]]:
-    """Ask the hub for the files of a dataset, at the commit that ``main`` has now.
+    """The files of a dataset, at the commit that ``main`` had when this machine first asked.
+
+    The answer is kept in the cache, as ``<config>.json`` beside the shards: a run that goes on later
+    reads the same commit, and needs no hub for what has been fetched. Delete that file to ask again.
 
     Args:
         repo: the repository, ``allenai/c4``.
@@ -94,6 +98,15 @@ def resolve(repo: str, config: str | None) -> dict[str, list[HubShard]]:
     Raises:
         UserError: the hub is out of reach, the dataset is unknown or gated, the config is unknown.
     """
+    kept = cache_folder() / "hub" / repo.replace("/", "--") / f"{config or 'default'}.json"
+    if not kept.exists():
+        splits = _ask(repo, config)
+        write_json(kept, {split: [asdict(shard) for shard in shards] for split, shards in splits.items()})
+    stored = json.loads(kept.read_text(encoding="utf-8"))
+    return {split: [HubShard(**shard) for shard in shards] for split, shards in stored.items()}
+
+
+def _ask(repo: str, config: str | None) -> dict[str, list[HubShard]]:
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 

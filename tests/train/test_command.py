@@ -148,6 +148,9 @@ def test_c4_trains_from_a_hub_and_fetches_nothing_twice(tmp_path: Path, micro_mo
             done = run_command(*words, tmp_path / name, environment=hub.environment(tmp_path))
             assert done.returncode == 0, done.stderr
         served = {name: count for name, count in hub.served.items() if name.endswith(".json.gz")}
+    done = run_command(*words, tmp_path / "offline", environment=hub.environment(tmp_path))
+    assert done.returncode == 0, done.stderr  # what was fetched serves without the hub
+    assert losses(tmp_path / "offline") == losses(tmp_path / "one")
     assert len(served) >= 3
     assert all(count == len(files[name.removeprefix("allenai/c4/")]) for name, count in served.items())
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
