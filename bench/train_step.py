@@ -34,7 +34,7 @@ from models.transformer import Transformer
 DEFAULT = ModelConfig(
     layers=6, width=256, heads=4, kv_heads=4, head_width=64, ffn=592, vocab=8192, context=256, tied=False, qk_norm=False
 )
-"""8.5M parameters. As many key/value heads as query heads: with fewer, transformers leaves the fast CPU kernel."""
+"""8.5M parameters."""
 
 VARIANTS = tuple(
     f"{side} {mode} {precision}"

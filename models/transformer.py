@@ -150,7 +150,12 @@ class Transformer(nn.Module):
         if targets_BT is None:
             return self.head(x_BTD)
         return ChunkedCrossEntropy.apply(
-            x_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten(), z_loss, self._chunk_loss
+            x_BTD.flatten(0, 1),
+            self.head.weight,
+            targets_BT.flatten(),
+            z_loss,
+            self._chunk_loss,
+            torch.is_grad_enabled(),
         )
 
 
@@ -224,9 +229,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_loss: float, step: Any
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        z_loss: float,
+        step: Any,
+        with_gradients: bool,  # asked outside: gradients are never enabled in here
     ) -> tuple[Tensor, Tensor]:
-        with_gradients = any(ctx.needs_input_grad)
         loss = hidden_MD.new_zeros((), dtype=torch.float32)
         nll = torch.zeros_like(loss)
         weight = weight_VD.to(hidden_MD.dtype)
@@ -251,7 +261,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor) -> Any:
         d_hidden_MD, d_weight_VD = ctx.saved_tensors
-        return d_hidden_MD * d_loss.to(d_hidden_MD.dtype), (d_weight_VD * d_loss).to(ctx.weight_dtype), None, None, None
+        d_weight_VD = (d_weight_VD * d_loss).to(ctx.weight_dtype)
+        return d_hidden_MD * d_loss.to(d_hidden_MD.dtype), d_weight_VD, None, None, None, None
 
 
 def _accumulate(total_VD: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

@@ -79,7 +79,7 @@ def test_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, count: i
     weight = torch.randn(21, 8, generator=generator).requires_grad_()
     targets = torch.randint(21, (count,), generator=generator)
     targets[1::3] = IGNORE
-    loss, nll = ChunkedCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_loss)
+    loss, nll = ChunkedCrossEntropy.apply(hidden, weight, targets, z_loss, chunk_loss, True)
     gradients = torch.autograd.grad(loss / 7, (hidden, weight))
     expected, expected_nll = plain_loss(hidden, weight, targets, z_loss)
     expected_gradients = torch.autograd.grad(expected / 7, (hidden, weight))
