@@ -125,7 +125,7 @@ def make_training(config: ModelConfig, device: torch.device, shape: Shape, batch
         micro_rows=shape.micro_rows,
         seq_len=shape.seq_len,
         clip=OPTIMIZER.clip,
-        log_every=10,
+        log_every=5,
         evaluate=lambda step: {},
         evaluate_every=0,
         save=lambda progress: None,
@@ -161,8 +161,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--micro-rows", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=10, help="of each side in each round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="of each side in each round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     return parser.parse_args()
 
