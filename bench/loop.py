@@ -190,6 +190,7 @@ def main() -> None:
             both = (bare.run(batches), timed_fit(training, args.steps))
             if number:  # the first round warms up
                 seconds.append(both)
+                print(f"round {number}: {both[0]:.2f} s alone, {both[1]:.2f} s in the loop", flush=True)
         training.run.close()
     alone, loop = (statistics.median(times) / args.steps for times in zip(*seconds, strict=True))
     overhead = 100 * (statistics.median(there / here for here, there in seconds) - 1)
