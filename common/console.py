@@ -1,15 +1,16 @@
 """What a run shows: a header, a progress bar or lines, warnings. Only rank 0 speaks."""
 
 import sys
-import time
 from typing import Any
 
 import yaml
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 
 class Console:
@@ -35,7 +36,7 @@ class Console:
         """Show names and values in two columns."""
         grid = Table.grid(padding=(0, 2))
         for name, value in rows.items():
-            grid.add_row(name, value)
+            grid.add_row(Text(name), Text(value))
         self._out.print(f"[bold]{title}[/bold]" if title else "")
         self._out.print(grid)
 
@@ -63,7 +64,7 @@ class Console:
         """Show how far a run is and its figures."""
         text = "  ".join(f"{name} {value}" for name, value in status.items())
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=text)
+            self._progress.update(self._task, completed=done, description=escape(text))
         else:
             self._out.print(f"{done / total:5.1%}  {text}", markup=False)
 
@@ -84,8 +85,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
-
-
-def clock() -> str:
-    """The time of day, for logs."""
-    return time.strftime("%H:%M:%S")

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, even when the program is killed while it writes them."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -37,13 +38,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary folder is a hidden sibling, so what a killed process left is never mistaken for the
     real one, and is removed by the next attempt.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     replaced = path.with_name(f".{path.name}.old")
-    if replaced.exists() and not path.exists():  # killed between the two renames below
-        replaced.rename(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with readable_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if replaced.exists() and not path.exists():  # killed between the two renames below
+            replaced.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     try:
         with readable_disk_errors(path):
             yield temporary
@@ -57,6 +59,34 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of :func:`new_folder` and :func:`write_text` in ``folder``."""
+    for leftover in folder.glob(".*"):
+        name, _, ending = leftover.name[1:].rpartition(".")
+        if ending == "old" and not (folder / name).exists():
+            leftover.rename(folder / name)  # killed between the two renames
+        elif ending in ("old", "removed") or (ending == "tmp" and leftover.is_dir()):
+            shutil.rmtree(leftover, ignore_errors=True)
+        elif ending == "tmp":
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Make ``folder`` and be the only process in this block for it; UserError names ``what`` when another is."""
+    with readable_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  (closed below)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{what} is in use by another process; wait for it or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def sync_tree(folder: Path) -> None:
@@ -101,7 +131,7 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full while writing {path}; free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO):
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
         raise
 

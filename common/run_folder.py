@@ -4,7 +4,6 @@
 for each step, evaluation and start.
 """
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,12 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import exclusive, readable_disk_errors, sweep, write_json, write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "deepspeed")
 
@@ -42,6 +40,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model wrote, one JSON object a line."""
+        return self.path / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -58,17 +61,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """A block in which no other process can claim the folder; UserError when one has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"the run {self.path} is in use by another process; wait for it or choose another --run"
-                ) from error
-            except OSError:
-                pass  # a file system without locks
+        """A block in which no other process can claim the folder; leftovers of killed ones are removed."""
+        with exclusive(self.path, f"the run {self.path}"):
+            sweep(self.path)
+            sweep(self.checkpoints)
             yield
 
     def begin(self, settings_yaml: str) -> None:
@@ -103,26 +99,28 @@ class RunFolder:
     def flush(self) -> None:
         """Write the queued lines."""
         if self._pending:
-            with open(self.metrics, "a", encoding="utf-8") as file:
+            with readable_disk_errors(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write("\n".join(self._pending) + "\n")
             self._pending.clear()
 
     def rewind(self, step: int) -> None:
-        """Drop lines beyond ``step``: the run goes on from there and writes them again."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
-            except ValueError:
-                continue  # a line cut by a kill
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        """Drop metrics and samples beyond ``step``: the run goes on from there and writes them again."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [line for line, record in _records(path) if record.get("step", 0) <= step]
+                write_text(path, "".join(line + "\n" for line in kept))
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+    def evaluated(self, step: int) -> bool:
+        """Whether the metrics hold an evaluation of ``step``."""
+        records = (record for _, record in _records(self.metrics)) if self.metrics.exists() else ()
+        return any(record.get("step") == step and "val/loss" in record for record in records)
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a JSON lines file; the last may have been cut by a kill."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            yield line, json.loads(line)
 
 
 def environment() -> dict[str, Any]:

@@ -8,7 +8,6 @@ help. Nested dataclasses are groups (``--optimizer.lr``). A field whose metadata
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_type_hints
@@ -61,7 +60,9 @@ class _Parser(ArgumentParser):
         text: str = super().format_help(formatter)
         text = re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), text)
         text = re.sub(r"\s*\(type:\s[^()]*?,\s+default:\s+null\)", "", text)
-        return re.sub(r"\(type:\s[^()]*?,\s+default:\s", "(default: ", text)
+        text = re.sub(r"\(type:\s[^()]*?,\s+default:\s+", "(default: ", text)
+        text = re.sub(r"^  --\w+ CONFIG +Path to a configuration file\.\n", "", text, flags=re.M)
+        return re.sub(r"\s+\[--(?!config)\w+ CONFIG\]", "", text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._with_suggestions(_shorter(message)))
@@ -79,7 +80,6 @@ def parse(
     *,
     prog: str,
     description: str,
-    positional: Sequence[str] = (),
 ) -> Settings:
     """Read ``argv`` into the settings dataclass ``kind``.
 
@@ -88,7 +88,6 @@ def parse(
         argv: the words after the program's name.
         prog: how the command is typed, for the help.
         description: what the help says first; end it with an example.
-        positional: names of fields that are words rather than flags.
 
     Raises:
         UserError: unknown flags, values that do not parse, a configuration file that is not there.
@@ -100,9 +99,7 @@ def parse(
         action=jsonargparse.ActionConfigFile,  # type: ignore[attr-defined]
         help="YAML file of settings; flags after it win.",
     )
-    for name in positional:
-        parser.add_argument(name, type=str)
-    parser.add_class_arguments(kind, None, skip=set(positional))
+    parser.add_class_arguments(kind, None)
     namespace = parser.parse_args(_normalise(kind, argv))
     namespace.pop("config", None)
     return _build(kind, namespace)
@@ -188,28 +185,31 @@ class _Formatter(DefaultHelpFormatter):
 def _normalise(kind: type, argv: Sequence[str]) -> list[str]:
     """Accept ``--seq-len`` for the field ``seq_len``, and a bare ``--deterministic`` or ``--compile``."""
     words: list[str] = []
-    hints = get_type_hints(kind)
+    bare = _bare_values(kind)
     for position, word in enumerate(argv):
         if not word.startswith("--"):
             words.append(word)
             continue
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
-        flag = "--" + name
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if not equals and following.startswith("--"):
-            if hints.get(name) is bool:
-                equals, value = "=", "true"
-            elif name in _switches(kind):
-                equals, value = "=", "on"
-        words.append(flag + equals + value)
+        if not equals and following.startswith("--") and name in bare:
+            equals, value = "=", bare[name]
+        words.append("--" + name + equals + value)
     return words
 
 
-def _switches(kind: type) -> set[str]:
-    """Names of the fields that take ``auto``, ``on`` or ``off``, for which a bare flag means ``on``."""
-    hints = get_type_hints(kind)
-    return {name for name, hint in hints.items() if {"auto", "on", "off"} <= set(getattr(hint, "__args__", ()))}
+def _bare_values(kind: type, prefix: str = "") -> dict[str, str]:
+    """What a flag without a value means: true for a bool, on for a choice of auto, on and off."""
+    values: dict[str, str] = {}
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            values |= _bare_values(cast(type, hint), f"{prefix}{name}.")
+        elif hint is bool:
+            values[prefix + name] = "true"
+        elif {"on", "off"} <= set(getattr(hint, "__args__", ())):
+            values[prefix + name] = "on"
+    return values
 
 
 def _build(kind: type[Settings], namespace: Namespace) -> Settings:
@@ -226,15 +226,3 @@ def _build(kind: type[Settings], namespace: Namespace) -> Settings:
         return kind(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def run_command(main: Any) -> None:
-    """Run a command's main function; a UserError becomes one message and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)

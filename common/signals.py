@@ -2,12 +2,12 @@
 
 SLURM may signal a job up to a minute early, while its imports are still running, and the default
 action of SIGUSR1 ends the process. So the doors (``train.py``, ``python -m train``) call
-:func:`install` before they import anything heavy. A handler only records the signal; the training
+:func:`install` before they import anything heavy. The handler records the signal and says so; the training
 loop looks at :func:`received` between two steps and saves there. Nothing is saved inside a handler.
 """
 
+import os
 import signal
-import sys
 from types import FrameType
 
 _received: signal.Signals | None = None
@@ -48,8 +48,5 @@ def _record(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if _received is None:
         _received = signal.Signals(number)
-        print(
-            f"\n{_received.name} received: saving after this step (Ctrl-C once more stops at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"\n{_received.name} received: saving after this step (Ctrl-C once more stops at once)\n"
+        os.write(2, text.encode())  # print is not safe here: it may have been interrupted itself

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.command import run_command
 from common.console import Console, duration
 from common.errors import UserError
-from common.settings import parse, run_command, to_dict
+from common.settings import parse, to_dict
 
 USAGE = """\
 usage: python -m data {tokenizer,prepare} [options]
@@ -95,7 +96,7 @@ def _prepare(argv: list[str]) -> None:
     if settings.shards is not None:
         source = replace(source, train=source.train[: settings.shards])
     out = Path(settings.out)
-    check_space(source, out)
+    check_space(source, tokenizer, out)
     workers = settings.workers if settings.workers is not None else os.cpu_count() or 1
     records = prepare(source, tokenizer, out, workers=workers, skip_bad_shards=settings.skip_bad_shards)
     _report(console, records, len(source.train) + len(source.validation))

@@ -48,6 +48,16 @@ class HubShard:
     size: int
     """Bytes."""
 
+    @property
+    def where(self) -> str:
+        """Its place in the cache."""
+        return str(self._cached)
+
+    @property
+    def identity(self) -> str:
+        """Its url, which names the commit."""
+        return self.url
+
     def open(self) -> BinaryIO:
         """Read the file as it is stored (still compressed), from its start; not seekable.
 

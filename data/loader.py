@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import signals
 from common.errors import UserError
 from data.packing import Array
 from data.sources import Corpus, TextSource
@@ -114,8 +114,8 @@ class Loader:
         self._rows = 0 if state is None else state["rows"]
         stored = {} if state is None else state["positions"]
         self._positions = {int(stream): Position(*numbers) for stream, numbers in stored.items()}
-        self.bad_shards: set[str] = set()
-        """Names of the damaged shards that were passed over so far."""
+        self.bad_shards: set[str] = set(() if state is None else state.get("bad_shards", ()))
+        """Names of the damaged shards that the run has passed over so far."""
         self._group: StreamGroup | None = None
         self._ahead: _WorkerRows | None = None
         if workers:
@@ -143,7 +143,8 @@ class Loader:
         """Rows handed out and the positions of this rank's streams, as plain values for JSON."""
         positions = self._positions if self._group is None else self._group.positions
         own = {stream: at for stream, at in sorted(positions.items()) if stream % self._world == self._rank}
-        return {"rows": self._rows, "positions": {str(stream): at.to_list() for stream, at in own.items()}}
+        positions_list = {str(stream): at.to_list() for stream, at in own.items()}
+        return {"rows": self._rows, "positions": positions_list, "bad_shards": sorted(self.bad_shards)}
 
     def close(self) -> None:
         """End the worker processes."""
@@ -193,10 +194,6 @@ class _WorkerRows:
     ) -> None:
         from torch.utils.data import DataLoader
 
-        # A server process is forked while nothing runs in it, and forks the workers: neither the training
-        # process's threads nor its CUDA context get into them, and the imports are paid once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.worker"])
         from data.worker import RowDataset, start_worker
 
         self._queues: list[deque[tuple[Array, Position]]] = [deque() for _ in range(workers)]
@@ -206,7 +203,7 @@ class _WorkerRows:
             RowDataset(order, positions, rows, rank, world_size, workers),
             batch_size=None,
             num_workers=workers,
-            multiprocessing_context=context,
+            multiprocessing_context=_worker_server(),
             worker_init_fn=start_worker,
             prefetch_factor=4,
             collate_fn=_as_it_is,
@@ -255,7 +252,26 @@ def worker_rows(
         yield _Group(np.empty((0, 0)), [], set(), str(error))
 
 
-def start_in_worker() -> None:
-    """Settle a worker process: one core each, and signals are the training process's to answer."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signals.ignore()
+def _worker_server() -> Any:
+    """The multiprocessing context whose server process forks the workers.
+
+    The server is started while nothing runs in it: neither the training process's threads nor its CUDA
+    context get into the workers, and the imports are paid once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.worker_server"])
+    # The server imports by the path alone, so that a folder called data where the command was typed is
+    # not taken for ours.
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [before["PYTHONPATH"]])])
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context

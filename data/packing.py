@@ -1,9 +1,10 @@
 """Rows of tokens into what the model takes: inputs, targets, positions.
 
 A document is [begin] text [end], the begin token where the tokenizer has one. Documents are laid end
-to end and cut into rows of T + 1 tokens that overlap by one, so that every token is predicted exactly
-once. After an end token a new document starts: positions start again, attention does not reach back,
-and the end token itself predicts nothing, for what follows it is another document's.
+to end and cut into rows of T + 1 tokens that overlap by one, so that every token but a document's first
+is predicted exactly once. After an end token a new document starts: positions start again, attention
+does not reach back, and the end token itself predicts nothing, for what follows it is another
+document's. (Where there is no begin token, the first token of the text is thus never predicted.)
 
 Shapes: B rows, T sequence length.
 """

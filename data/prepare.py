@@ -6,20 +6,23 @@ killed run goes on where it stopped. The format is described in ``data/prepared.
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from common import signals
 from common.errors import UserError
-from common.files import gigabytes, new_folder, readable_disk_errors, require_space, write_json
-from data.prepared import BLOCK, MANIFEST, block_checksums, read_shard
+from common.files import exclusive, gigabytes, new_folder, readable_disk_errors, require_space, sync, write_json
+from data.prepared import BEGUN, BLOCK, MANIFEST, block_checksums
 from data.sources import DamagedShardError, Shard, TextSource, held_out, lines, text_of
 from data.tokenizer import Tokenizer
 
@@ -49,44 +52,56 @@ def prepare(
     Raises:
         UserError: ``out`` holds something else, a shard is damaged, the disk is full.
     """
-    _claim(out, source, tokenizer)
-    jobs = [
-        Job(
-            shard,
-            f"{split}-{number:05d}",
-            out,
-            tokenizer.folder,
-            source.holds_out,
-            split == "validation",
-            skip_bad_shards,
-        )
-        for split, shards in (("train", source.train), ("validation", source.validation))
-        for number, shard in enumerate(shards)
-    ]
-    todo = [job for job in jobs if not (out / f"{job.stem}.json").exists()]
-    for job in jobs:
-        if job not in todo:
-            yield json.loads((out / f"{job.stem}.json").read_text())
+    if out.exists() and any(out.iterdir()) and not (out / BEGUN).exists():
+        raise UserError(f"{out} is not empty and holds no prepared tokens; choose another --out")
+    with exclusive(out, f"the folder {out}"):
+        _claim(out, source, tokenizer)
+        jobs = [
+            Job(shard, stem, out, tokenizer.folder, source.holds_out, stem.startswith("validation"), skip_bad_shards)
+            for stem, shard in _stems(source)
+        ]
+        todo = [job for job in jobs if not _record(out, job.stem).exists()]
+        for job in jobs:
+            if job not in todo:
+                yield json.loads(_record(out, job.stem).read_text())
+        yield from _write_shards(todo, workers)
+        _write_manifest(out, source, jobs)
+
+
+def _stems(source: TextSource) -> Iterator[tuple[str, Shard]]:
+    """Every shard of a source with the name of its files."""
+    for split, shards in (("train", source.train), ("validation", source.validation)):
+        for number, shard in enumerate(shards):
+            yield f"{split}-{number:05d}", shard
+
+
+def _record(out: Path, stem: str) -> Path:
+    """The file whose presence says that a shard is done."""
+    return out / f"{stem}.json"
+
+
+def _write_shards(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 0:
-        for job in todo:
-            yield _write_shard(job)
-    else:
-        # Spawned rather than forked: the tokenizer's threads do not survive a fork.
-        context = get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-            running = [pool.submit(_write_shard, job) for job in todo]
-            try:
-                for done in as_completed(running):
-                    yield done.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    _write_manifest(out, source, jobs)
+        yield from map(_write_shard, jobs)
+        return
+    # Spawned rather than forked: the tokenizer's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        running = [pool.submit(_write_shard, job) for job in jobs]
+        try:
+            for done in as_completed(running):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; run again with fewer --workers"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _claim(out: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     """Make ``out`` ours, or make sure that what it holds was begun with the same source and tokenizer."""
-    mark = out / "begun.json"
+    mark = out / BEGUN
     wanted = {
         "source": source.name,
         "shards": [shard.name for shard in (*source.train, *source.validation)],
@@ -98,9 +113,6 @@ def _claim(out: Path, source: TextSource, tokenizer: Tokenizer) -> None:
         if different:
             raise UserError(f"{out} was begun with another {' and '.join(different)}; choose another --out")
         return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no prepared tokens; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     with new_folder(out / "tokenizer") as folder:
         tokenizer.copy_to(folder)
     write_json(mark, wanted)
@@ -109,6 +121,14 @@ def _claim(out: Path, source: TextSource, tokenizer: Tokenizer) -> None:
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signals.ignore()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _write_shard(job: Job) -> dict[str, Any]:
@@ -164,9 +184,10 @@ class _Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            np.save(self._folder / f"{self._stem}.bounds.npy", np.array(self._bounds, dtype="<u8"))
+            index = {"bounds": np.array(self._bounds, dtype="<u8")}
             if with_text_bytes:
-                np.save(self._folder / f"{self._stem}.text_bytes.npy", np.array(self._sizes[1:], dtype="<u4"))
+                index["text_bytes"] = np.array(self._sizes[1:], dtype="<u4")
+            sums = {what: self._save_index(what, values) for what, values in index.items()}
         tokens = np.fromfile(self._temporary, dtype=self._dtype)
         os.replace(self._temporary, self._folder / f"{self._stem}.tokens")
         record = {
@@ -179,9 +200,17 @@ class _Writer:
             "damage": damage,
             "block": BLOCK,
             "checksums": block_checksums(tokens),
+            "index_checksums": sums,
         }
-        write_json(self._folder / f"{self._stem}.json", record)
+        write_json(_record(self._folder, self._stem), record)
         return record
+
+    def _save_index(self, what: str, values: np.ndarray[Any, Any]) -> str:
+        """Write an index file; returns its checksum."""
+        path = self._folder / f"{self._stem}.{what}.npy"
+        np.save(path, values)
+        sync(path)
+        return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
 def _write_manifest(out: Path, source: TextSource, jobs: list[Job]) -> None:
@@ -190,17 +219,17 @@ def _write_manifest(out: Path, source: TextSource, jobs: list[Job]) -> None:
     for job in jobs:
         stems = [job.stem, *([job.stem.replace("train", "validation")] if job.holds_out else [])]
         for stem in stems:
-            record = json.loads((out / f"{stem}.json").read_text())
-            read_shard(out, record)
+            record = json.loads(_record(out, stem).read_text())
             shards[stem.partition("-")[0]].append(record)
     totals = {name: sum(record[name] for record in shards["train"]) for name in ("documents", "tokens", "text_bytes")}
     write_json(out / MANIFEST, {"format": 1, "source": source.name, "totals": totals, **shards})
 
 
-def check_space(source: TextSource, out: Path) -> None:
-    """Refuse to start when the disk under ``out`` cannot hold the tokens.
+def check_space(source: TextSource, tokenizer: Tokenizer, out: Path) -> None:
+    """Refuse to start when the disk under ``out`` cannot hold the tokens that are still to be written.
 
     Tokens of two bytes take about as much room as the gzipped text they come from.
     """
-    sizes = [getattr(shard, "size", None) or shard.path.stat().st_size for shard in (*source.train, *source.validation)]  # type: ignore[attr-defined]
-    require_space(out.absolute(), sum(sizes), f"preparing {source.name} ({gigabytes(sum(sizes))} of shards)")
+    missing = sum(shard.size for stem, shard in _stems(source) if not _record(out, stem).exists())
+    needed = missing * np.dtype(tokenizer.dtype).itemsize // 2
+    require_space(out.absolute(), needed, f"preparing {source.name} ({gigabytes(missing)} of shards)")

@@ -26,6 +26,8 @@ from common.errors import UserError
 from data.packing import Array
 
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+"""Names the source and the tokenizer; there from the first shard on."""
 
 BLOCK = 2**20
 """Tokens that one checksum covers; a block is checked when it is first read."""
@@ -49,6 +51,8 @@ class PreparedShard:
     tokens_count: int
     documents: int
     checksums: tuple[str, ...]
+    index_checksums: dict[str, str]
+    """xxHash of the index files, ``bounds`` and ``text_bytes``."""
 
     @cached_property
     def _tokens(self) -> Array:
@@ -92,6 +96,8 @@ class PreparedShard:
     def _load(self, what: str) -> Array:
         path = self.folder / f"{self.stem}.{what}.npy"
         try:
+            if xxhash.xxh3_64_hexdigest(path.read_bytes()) != self.index_checksums[what]:
+                raise self._damaged(f"{path} fails its checksum")
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise self._damaged(f"{path} cannot be read ({error})") from error
@@ -127,6 +133,12 @@ class PreparedSource:
         return cls(str(folder), manifest["source"], folder, tuple(shards[0]), tuple(shards[1]))
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the shards that the order of the data depends on."""
+        sums = [f"{shard.name} {' '.join(shard.checksums)}" for shard in (*self.train, *self.validation)]
+        return xxhash.xxh3_64_hexdigest("\n".join(sums).encode())
+
+    @property
     def tokenizer(self) -> Path:
         """The folder of the tokenizer that made the tokens."""
         return self.folder / "tokenizer"
@@ -142,4 +154,5 @@ def read_shard(folder: Path, values: dict[str, Any]) -> PreparedShard:
         values["tokens"],
         values["documents"],
         tuple(values["checksums"]),
+        values["index_checksums"],
     )

@@ -19,9 +19,15 @@ class Mix:
     A word that is an existing path is that path, even when it holds ``,`` or ``=``.
     """
 
-    def __init__(self, parts: tuple[tuple[str, float], ...]) -> None:
-        self.parts = parts
-        """(source, weight) in the order they were written; weights sum to 1."""
+    def __init__(self, typed: tuple[tuple[str, float], ...]) -> None:
+        self.typed = typed
+        """(source, weight) as they were written."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """(source, share) in the order they were written; the shares sum to 1."""
+        total = sum(weight for _, weight in self.typed)
+        return tuple((name, weight / total) for name, weight in self.typed)
 
     @classmethod
     def parse(cls, value: Any) -> "Mix":
@@ -39,22 +45,21 @@ class Mix:
             if name in parts:
                 raise ValueError(f"the source {name!r} stands twice in {text!r}; add its weights up")
             parts[name] = float(weight)
-        total = sum(parts.values())
-        return cls(tuple((name, weight / total) for name, weight in parts.items()))
+        return cls(tuple(parts.items()))
 
     def __str__(self) -> str:
-        if len(self.parts) == 1:
-            return self.parts[0][0]
-        return ",".join(f"{name}={weight:g}" for name, weight in self.parts)
+        if len(self.typed) == 1:
+            return self.typed[0][0]
+        return ",".join(f"{name}={weight!r}" for name, weight in self.typed)
 
     def __repr__(self) -> str:
         return f"Mix({self})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mix) and self.parts == other.parts
+        return isinstance(other, Mix) and self.typed == other.typed
 
     def __hash__(self) -> int:
-        return hash(self.parts)
+        return hash(self.typed)
 
 
 register_type(Mix, serializer=str, deserializer=Mix.parse)
@@ -67,7 +72,7 @@ class LoaderSettings:
     streams: int = 64
     """Canonical streams the corpus is dealt into: part of the order of the data. A multiple of devices × workers."""
     workers: int | None = option(None, MAY_CHANGE)
-    """Processes a device that tokenise ahead of the step; 0: the training process does it. Default: 4, on a CPU 0."""
+    """Processes a device that tokenise ahead of the step; 0: the training process. Default: up to 8, on a CPU 0."""
 
     def __post_init__(self) -> None:
         if self.streams < 1:

@@ -7,15 +7,21 @@ record a line with a ``text`` field, gzipped or not: ``c4-train.00000-of-01024.j
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import xxhash
+
 from common.errors import UserError
-from data.prepared import MANIFEST, PreparedSource
+from common.files import readable_disk_errors
+from data.prepared import BEGUN, MANIFEST, PreparedSource
 from data.settings import Mix
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 HELD_OUT = 200
 """One document in so many is kept for validation where a corpus has no validation shards (0.5%)."""
@@ -28,6 +34,18 @@ class Shard(Protocol):
     def name(self) -> str:
         """What messages and the order of shards call it."""
 
+    @property
+    def size(self) -> int:
+        """Bytes, compressed."""
+
+    @property
+    def where(self) -> str:
+        """The file on this machine, for messages."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another version of the same shard."""
+
     def open(self) -> BinaryIO:
         """Its bytes from the start, still compressed."""
 
@@ -38,6 +56,21 @@ class LocalShard:
 
     path: Path
     name: str
+
+    @property
+    def size(self) -> int:
+        """Bytes, compressed."""
+        return self.path.stat().st_size
+
+    @property
+    def where(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    @property
+    def identity(self) -> str:
+        """Its name and size."""
+        return f"{self.name} {self.size}"
 
     def open(self) -> BinaryIO:
         """Its bytes from the start, still compressed."""
@@ -56,6 +89,12 @@ class TextSource:
     def origin(self) -> str:
         """Where the text is from, for the record of a model's data."""
         return self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the shards that the order of the data depends on."""
+        identities = [shard.identity for shard in (*self.train, *self.validation)]
+        return xxhash.xxh3_64_hexdigest("\n".join(identities).encode())
 
     @property
     def holds_out(self) -> bool:
@@ -81,12 +120,13 @@ def lines(shard: Shard) -> Iterator[bytes]:
     Raises:
         DamagedShardError: the compressed data ends early or is corrupt; what came before is good.
     """
-    with shard.open() as raw:
+    with readable_disk_errors(Path(shard.where)), shard.open() as raw:
         stream = gzip.GzipFile(fileobj=raw) if shard.name.endswith(".gz") else raw
         try:
             yield from stream
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedShardError(f"the shard {shard.name} is damaged: {error}") from error
+            problem = f"the shard {shard.name} is damaged: {error} (in {shard.where}"
+            raise DamagedShardError(f"{problem}; delete or replace that file)") from error
 
 
 def text_of(line: bytes, shard: Shard, number: int) -> str:
@@ -103,7 +143,7 @@ def text_of(line: bytes, shard: Shard, number: int) -> str:
         raise UserError(f"line {number} of {shard.name} has no field 'text'; its fields are: {fields}") from error
     if not isinstance(text, str):
         raise UserError(f"line {number} of {shard.name} has a 'text' that is no string but {type(text).__name__}")
-    return text
+    return _SURROGATE.sub("\ufffd", text)  # half of a pair has no UTF-8
 
 
 def open_source(name: str) -> TextSource | PreparedSource:
@@ -118,6 +158,8 @@ def open_source(name: str) -> TextSource | PreparedSource:
     if folder.is_dir():
         if (folder / MANIFEST).exists():
             return PreparedSource.open(folder)
+        if (folder / BEGUN).exists():
+            raise UserError(f"{folder} is not finished; run the same `python -m data prepare` again")
         return _folder_source(name, folder)
     if folder.exists():
         raise UserError(f"{name} is a file; give the folder that holds the shards")

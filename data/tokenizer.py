@@ -71,10 +71,10 @@ class Tokenizer:
             ids[kind] = self._backend.token_to_id(text) if text else None
         return ids
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        return int(max(self._backend.get_vocab(with_added_tokens=True).values())) + 1
 
     @property
     def begin(self) -> int | None:

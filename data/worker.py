@@ -1,11 +1,13 @@
 """The worker processes' side of the loader, apart because it imports torch."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.loader import Order, start_in_worker, worker_rows
+from common import signals
+from data.loader import Order, worker_rows
 from data.streams import Position
 
 
@@ -24,5 +26,6 @@ class RowDataset(IterableDataset[Any]):
 
 
 def start_worker(worker: int) -> None:
-    """Run first in each worker process."""
-    start_in_worker()
+    """Run first in each worker process: one core each, and signals are the training process's to answer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signals.ignore()

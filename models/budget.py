@@ -3,11 +3,10 @@
 Pure arithmetic: imports nothing heavy, so that a plan is printed in well under a second.
 """
 
+import re
 from dataclasses import dataclass
 
 from models.sizes import ModelConfig
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def default_tokens(config: ModelConfig) -> int:
 # Dense bf16 peaks in FLOP/s without sparsity, from the makers' datasheets: NVIDIA A100 (2020), H100
 # (2022: SXM 989, PCIe 756, NVL 835 a card), H200 (SXM 989), B200 (2250), L4 (121), L40S (362),
 # A10 (125), A40 (150), A6000 (155), RTX 3090 (71), RTX 4090 (165, fp32 accumulation). The first
-# name found in the device's own name counts, so longer names stand first.
+# whose words are all in the device's name counts, so longer names stand first.
 PEAK_BF16 = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -101,6 +100,7 @@ PEAK_BF16 = {
     "L40S": 362e12,
     "L4": 121e12,
     "A10": 125e12,
+    "A10G": 125e12,
     "A40": 150e12,
     "A6000": 155e12,
     "RTX 4090": 165e12,
@@ -110,4 +110,5 @@ PEAK_BF16 = {
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s by its name, or None when it is not in the table."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+    words = re.split(r"[^A-Za-z0-9]+", device_name)
+    return next((peak for name, peak in PEAK_BF16.items() if set(name.split()) <= set(words)), None)

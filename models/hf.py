@@ -130,12 +130,16 @@ def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def load_model(folder: Path) -> Transformer:
-    """Our transformer with the weights of a model folder."""
-    config = read_config(folder)
-    model = Transformer(config)
+def load_into(model: Transformer, folder: Path) -> None:
+    """Fill a model with the weights of a folder; UserError when they are of another shape."""
     try:
-        model.load_state_dict(read_state(folder, config))
+        model.load_state_dict(read_state(folder, model.config))
     except RuntimeError as error:
         raise UserError(f"the weights of {folder} do not have the shapes of its config.json: {error}") from error
+
+
+def load_model(folder: Path) -> Transformer:
+    """Our transformer with the weights of a model folder."""
+    model = Transformer(read_config(folder))
+    load_into(model, folder)
     return model

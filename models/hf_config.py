@@ -54,9 +54,11 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
         raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
-    rope_kinds = {rope.get("rope_type", "default"), scaling.get("rope_type", "default")}
+    rope_kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
     unsupported = {
         "rope scaling": rope_kinds != {"default"},
+        "partial rotary embedding": values.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
+        f"the activation {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
         "attention biases": values.get("attention_bias", False),
         "MLP biases": values.get("mlp_bias", False),
         "sliding windows": values.get("use_sliding_window", False),

@@ -16,7 +16,7 @@ The same command again goes on with the run where it stopped.
 def main() -> None:
     """The command: parse, train, and exit with 128 + the number of the signal that stopped it, if one did."""
     signals.install()  # first: SLURM may signal while the imports below are still running
-    from common.settings import run_command
+    from common.command import run_command
 
     run_command(_main)
 

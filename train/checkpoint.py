@@ -8,7 +8,7 @@ A checkpoint is a folder ``step-0001000`` of
 * ``config.json``: the model's shape;
 * ``checksums.json``: size and xxHash of each of the other files.
 
-It is written under a temporary name, read back and checked, flushed and then renamed. Nothing that
+It is written under a temporary name, read back for its checksums, flushed and then renamed. Nothing that
 reading one back does can execute code: tensors are read with ``weights_only``, and DCP's pickled
 ``.metadata`` by an unpickler that knows its few classes and nothing else.
 """
@@ -60,11 +60,11 @@ class Checkpoints:
     Args:
         folder: where they are kept.
         keep: how many of the newest stay.
-        keep_every: checkpoints at multiples of so many steps stay for good.
+        keep_for_good: whether the checkpoint of a step stays whatever its age.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
-        self.folder, self._keep, self._keep_every = folder, keep, keep_every
+    def __init__(self, folder: Path, keep: int, keep_for_good: Callable[[int], bool] = lambda step: False) -> None:
+        self.folder, self._keep, self._keep_for_good = folder, keep, keep_for_good
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], config: dict[str, Any]) -> Path:
         """Write the checkpoint of ``step`` and remove those that are no longer kept.
@@ -117,7 +117,7 @@ class Checkpoints:
     def _remove_old(self, newest: int) -> None:
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            if not self._keep_for_good(step):
                 # Renamed first, so that a kill in the middle leaves no half one under a good name.
                 condemned = self.folder / f".step-{step:07d}.removed"
                 shutil.rmtree(condemned, ignore_errors=True)
@@ -157,8 +157,9 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str,
             prefix = f"optimizer.{name}."
             for full in (known for known in stored if known.startswith(prefix)):
                 shape = _shape(stored[full])
-                like = parameter.detach() if shape == parameter.shape else torch.zeros(shape or (), dtype=torch.float32)
-                optimizer.state[parameter][full.removeprefix(prefix)] = torch.zeros_like(like)
+                # On the parameter's device, where fused AdamW keeps its step count too.
+                value = torch.zeros(shape or (), dtype=torch.float32, device=parameter.device)
+                optimizer.state[parameter][full.removeprefix(prefix)] = value
         tensors = training_tensors(model, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -4,13 +4,18 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.console import Console
+from common.files import readable_disk_errors
 from common.run_folder import RunFolder
 from data.packing import make_batch
+from data.sources import Corpus
 from data.tokenizer import Tokenizer
-from data.validation import HeldOut
+from data.validation import HeldOut, read_held_out
+from train.settings import TrainSettings
 
 
 @torch.no_grad()
@@ -37,7 +42,9 @@ def validate(
     for held in held_out:
         nll, count = torch.zeros((), device=device, dtype=torch.float64), 0
         for start in range(0, len(held.rows), rows):
-            batch = make_batch(held.rows[start : start + rows], end)
+            part = held.rows[start : start + rows]
+            filling = np.full((rows - len(part), part.shape[1]), end, dtype=part.dtype)  # predicts nothing
+            batch = make_batch(np.concatenate([part, filling]), end)  # always the shape that is compiled
             count += batch.target_count
             parts = (torch.from_numpy(part).to(device) for part in (batch.inputs, batch.positions, batch.targets))
             nll += model(*parts)[1]
@@ -78,8 +85,50 @@ def continue_text(
     return tokenizer.decode(ids[first:])
 
 
-def write_samples(run: RunFolder, step: int, samples: dict[str, str]) -> None:
-    """Append continuations to the run's ``samples.jsonl``."""
-    with open(run.path / "samples.jsonl", "a", encoding="utf-8") as file:
-        for prompt, text in samples.items():
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+class Evaluator:
+    """What the loop calls to evaluate.
+
+    Reads the held-out text when it is made, so that a lack of it shows before the training starts.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        model: nn.Module,
+        run: RunFolder,
+        console: Console,
+        rows: int,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._corpus, self._tokenizer, self._model = settings.eval, corpus, tokenizer, model
+        self._run, self._console, self._rows, self._device = run, console, rows, device
+        self._seed = settings.seed
+        assert settings.seq_len is not None
+        assert settings.eval.tokens is not None
+        self._seq_len = settings.seq_len
+        sources = corpus.sources if settings.eval.every else ()
+        self._held_out = [read_held_out(source, tokenizer, self._seq_len, settings.eval.tokens) for source in sources]
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Validation figures after ``step``; continuations go to ``samples.jsonl`` and the console."""
+        weights = self._corpus.weights
+        figures = validate(self._model, self._held_out, weights, self._tokenizer.end, self._rows, self._device)
+        samples = self._continuations()
+        with readable_disk_errors(self._run.samples), open(self._run.samples, "a", encoding="utf-8") as file:
+            for prompt, text in samples.items():
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+        for prompt, text in list(samples.items())[:1]:
+            self._console.say(f"  {prompt}{text}".replace("\n", " "))
+        return figures
+
+    def _continuations(self) -> dict[str, str]:
+        length = self._settings.continuation
+        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+            return {
+                prompt: continue_text(
+                    self._model, self._tokenizer, prompt, length, self._seq_len, self._device, self._seed
+                )
+                for prompt in (self._settings.prompts if length else ())
+            }

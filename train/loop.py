@@ -6,6 +6,7 @@ divided by that count, so accumulation changes nothing but rounding. Losses are 
 when they are logged, so the loop never waits for a step to finish.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from common import signals
 from common.console import Console, duration
+from common.errors import UserError
 from common.run_folder import RunFolder
 from data.packing import Batch
 
@@ -77,8 +79,10 @@ class Training:
     save: Callable[[Progress], Any]
     save_every: int
     """Steps."""
-    keep_every: int | None = None
-    """Steps whose checkpoints are made whatever ``save_every`` says."""
+    save_seconds: float = math.inf
+    """A checkpoint is made after so long in any case."""
+    save_at: Callable[[int], bool] = lambda step: False
+    """Whether a step's checkpoint is made whatever ``save_every`` says."""
     flops_per_token: float | None = None
     peak_flops: float | None = None
     """Of one device; None leaves MFU out."""
@@ -100,10 +104,12 @@ def fit(training: Training) -> signal.Signals | None:
     t, progress = training, training.progress
     meter = _Meter(training)
     t.console.start(t.tokens, progress.tokens)
-    saved = evaluated = progress.step
+    first, last_save = progress.step + 1, time.monotonic()
     stopped = t.stop_requested()
     t.model.train()
     try:
+        if stopped is None and progress.step and _evaluation_due(training) and not t.run.evaluated(progress.step):
+            _evaluate(training, meter)  # the stop came first
         while progress.tokens < t.tokens and stopped is None:
             rate = t.rate(progress.tokens, t.batch_tokens)
             nll, count, norm = training_step(training, rate)
@@ -111,27 +117,20 @@ def fit(training: Training) -> signal.Signals | None:
             progress.tokens += t.batch_tokens
             meter.add(nll, count, norm, rate)
 
-            stopped = t.stop_requested()
             finished = progress.tokens >= t.tokens
-            if progress.step % t.log_every == 0 or finished or stopped:
+            stopped = None if finished else t.stop_requested()
+            if progress.step % t.log_every == 0 or progress.step == first or finished:
                 meter.flush()
-            if t.evaluate_every and (progress.step % t.evaluate_every == 0 or finished):
+            if _evaluation_due(training) and stopped is None:
                 _evaluate(training, meter)
-                evaluated = progress.step
-            if (
-                progress.step % t.save_every == 0
-                or (t.keep_every and progress.step % t.keep_every == 0)
-                or finished
-                or stopped
-            ):
-                _save(training, meter)
-                saved = progress.step
+            late = time.monotonic() - last_save > t.save_seconds
+            if progress.step % t.save_every == 0 or t.save_at(progress.step) or late or finished or stopped:
+                meter.flush()
+                with meter.paused():
+                    t.save(progress)
+                last_save = time.monotonic()
     finally:
         t.console.stop()
-    if t.evaluate_every and progress.tokens >= t.tokens and evaluated != progress.step:
-        _evaluate(training, meter)
-    if saved != progress.step:
-        _save(training, meter)
     return stopped
 
 
@@ -170,6 +169,13 @@ def _micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[di
         yield parts
 
 
+def _evaluation_due(training: Training) -> bool:
+    """Whether the step just taken is one to evaluate after: every so many, and the last."""
+    t = training
+    finished = t.progress.tokens >= t.tokens
+    return t.evaluate_every > 0 and (t.progress.step % t.evaluate_every == 0 or finished)
+
+
 def _evaluate(training: Training, meter: "_Meter") -> None:
     t = training
     meter.flush()
@@ -181,12 +187,6 @@ def _evaluate(training: Training, meter: "_Meter") -> None:
     t.run.flush()
     shown = ", ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in figures.items())
     t.console.say(f"step {t.progress.step:,}  validation: {shown}")
-
-
-def _save(training: Training, meter: "_Meter") -> None:
-    meter.flush()
-    with meter.paused():
-        training.save(training.progress)
 
 
 class _Meter:
@@ -211,8 +211,15 @@ class _Meter:
         if not self._steps:
             return
         t = self._t
+        # The only place where the loop waits for the device.
         nlls = torch.stack([step[3].detach() for step in self._steps]).tolist()
         norms = torch.stack([step[5].detach().to(torch.float32) for step in self._steps]).tolist()
+        for (step, *_), nll, norm in zip(self._steps, nlls, norms, strict=True):
+            if not (math.isfinite(nll) and math.isfinite(norm)):
+                raise UserError(
+                    f"the loss of step {step} is {nll}, its gradient norm {norm}: training has diverged. The "
+                    f"checkpoints in {t.run.checkpoints} are from before; try a lower --optimizer.lr"
+                )
         elapsed = time.perf_counter() - self._since - self._paused
         speed = len(self._steps) * t.batch_tokens / elapsed
         mfu = None

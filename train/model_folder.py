@@ -15,34 +15,51 @@ from models.transformer import Transformer
 from train.settings import TrainSettings
 
 
+def data_seen(settings: TrainSettings, corpus: Corpus, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every source that the weights see: those of the weights before, then those of this run.
+
+    Args:
+        settings: of the run.
+        corpus: its sources.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+    """
+    shares = zip(corpus.sources, corpus.weights, strict=True)
+    own = {"stage": "pretrain", "sources": [{"source": source.origin, "weight": share} for source, share in shares]}
+    return [*(state["data"][:-1] if state else _seen_before(settings.init)), own]
+
+
+def _seen_before(init: str | None) -> list[dict[str, Any]]:
+    """What the weights of ``--init`` had seen, as far as they tell."""
+    for name in ("palmtop.json", "state.json"):
+        record = Path(init or "") / name
+        if init is not None and record.exists():
+            return list(json.loads(record.read_text(encoding="utf-8"))["data"])
+    return [] if init is None else [{"stage": "unknown", "from": init}]
+
+
 def write_model_folder(
     folder: Path,
     model: Transformer,
     config: ModelConfig,
     tokenizer: Tokenizer,
     settings: TrainSettings,
-    corpus: Corpus,
     steps: int,
     tokens: int,
+    data: list[dict[str, Any]],
     bad_shards: list[str],
 ) -> None:
     """Write weights, configuration, tokenizer and ``palmtop.json``, replacing an older folder in one step.
 
-    ``palmtop.json`` names every source that the weights have seen, the parents' included, so that it
-    can be told later whether a model's data stayed within a competition's rules.
+    ``palmtop.json`` names all of ``data`` (see :func:`data_seen`), so that it can be told later whether a
+    model stayed within a competition's rules.
     """
-    parent = _parent_record(settings.init)
-    sources = [
-        {"source": source.origin, "weight": weight}
-        for source, weight in zip(corpus.sources, corpus.weights, strict=True)
-    ]
     record = {
         "stage": "pretrain",
         "command": command(),
         "git": git_commit(),
         "tokens": tokens,
         "steps": steps,
-        "data": [*parent.get("data", []), {"stage": "pretrain", "tokens": tokens, "sources": sources}],
+        "data": data,
         "damaged_shards_passed_over": bad_shards,
         "parent": settings.init,
         "settings": to_dict(settings),
@@ -51,11 +68,3 @@ def write_model_folder(
         write_model(model.state_dict(), config, temporary, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
         tokenizer.copy_to(temporary)
         write_json(temporary / "palmtop.json", record)
-
-
-def _parent_record(init: str | None) -> dict[str, Any]:
-    """The ``palmtop.json`` of the weights that the run began with; empty where there is none."""
-    path = Path(init or "") / "palmtop.json"
-    if init is None or not path.exists():
-        return {} if init is None else {"data": [{"stage": "unknown", "from": init}]}
-    return dict(json.loads(path.read_text(encoding="utf-8")))

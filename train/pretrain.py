@@ -5,11 +5,9 @@ import os
 import shutil
 import signal
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from common.console import Console
@@ -22,21 +20,21 @@ from data.packing import Batch, make_batch
 from data.prepared import PreparedSource
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, bytes_per_token, find_tokenizer, sample_texts, train_tokenizer
-from data.validation import read_held_out
 from models import budget
-from models.hf import read_state as read_weights
+from models.hf import load_into
 from models.hf_config import to_config
 from models.sizes import ModelConfig
 from models.transformer import Transformer
 from train import checkpoint
 from train.checkpoint import Checkpoints
-from train.evaluate import continue_text, validate, write_samples
+from train.device import choose_precision, device_name, fitting_rows, make_fabric
+from train.evaluate import Evaluator
 from train.loop import Progress, Training, fit
-from train.model_folder import write_model_folder
+from train.model_folder import data_seen, write_model_folder
 from train.optimizer import make_optimizer
-from train.resume import Origin, adopt_stored, find_origin
+from train.resume import Origin, adopt_stored, find_origin, stored_shape
 from train.schedule import Schedule
-from train.settings import TrainSettings, model_config, resolve, run_folder
+from train.settings import TrainSettings, model_config, resolve, run_path
 
 TOKENIZER_SAMPLE = 50_000_000
 """Bytes of text that the run's own tokenizer is trained on."""
@@ -66,65 +64,85 @@ def pretrain(settings: TrainSettings) -> signal.Signals | None:
     Raises:
         UserError: anything that the user can put right.
     """
-    run = RunFolder(run_folder(settings))
-    new = not run.path.exists()
-    try:
-        with run.claimed():
+    run = RunFolder(run_path(settings))
+    with run.claimed():
+        new = not run.config.exists()
+        try:
             return _pretrain(settings, run, Console())
-    except UserError:
-        if new and not Checkpoints(run.checkpoints, keep=1).steps():
-            shutil.rmtree(run.path)  # nothing came of it
-        raise
+        except UserError:
+            if new and not run.metrics.exists():
+                shutil.rmtree(run.path)  # training never began
+            raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU's memory is used up; give a smaller --micro-batch ({error})") from error
 
 
 def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> signal.Signals | None:
     # Settings, and where the weights come from
     settings = adopt_stored(settings, run)
-    config = model_config(settings)
-    settings = replace(resolve(settings, config), precision=_precision(settings))
+    config = stored_shape(settings, run) or model_config(settings)
+    settings = replace(resolve(settings, config), precision=choose_precision(settings))
     origin = find_origin(settings, run, console.warn)
+    state = {} if origin.checkpoint is None else checkpoint.read_state(origin.checkpoint)
+    progress = Progress(state.get("step", 0), state.get("tokens", 0))
     _check_room(config, run)
     console.settings(f"run {run.path}", to_dict(settings))
 
     # Data
     corpus = Corpus.open(settings.data)
-    run.begin(to_yaml(settings))
+    fingerprints = {source.name: source.fingerprint for source in corpus.sources}
+    if state and state["fingerprints"] != fingerprints:
+        raise UserError(f"the shards of {settings.data} are not those the run began with; put them back, or start anew")
     tokenizer = _tokenizer(settings, config, corpus, run, origin, console)
 
     # Model
-    fabric = _fabric(settings)
+    fabric = make_fabric(settings)
+    device = fabric.device
     raw = Transformer(config, settings.seed)
-    if settings.compile == "on" or (settings.compile == "auto" and fabric.device.type == "cuda"):
+    if settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"):
         raw.compile_parts()
     model = fabric.setup_module(raw)
     plain_optimizer = make_optimizer(raw, settings.optimizer)
     optimizer = fabric.setup_optimizers(plain_optimizer)
-    state = _restore(origin, raw, plain_optimizer, run, console)
-    progress = Progress(state.get("step", 0), state.get("tokens", 0))
+    _load_weights(origin, raw, plain_optimizer, console)
 
     # What the loop calls
     batch_tokens, seq_len, tokens = known(settings.batch_tokens), known(settings.seq_len), known(settings.tokens)
     rows = batch_tokens // seq_len
-    micro_rows = settings.micro_batch or _micro_rows(config, rows, seq_len, fabric.device)
-    workers = _workers(settings, corpus, fabric.device)
+    micro_rows = settings.micro_batch or state.get("micro_rows") or fitting_rows(config, rows, seq_len, device)
+    workers = _workers(settings, corpus, device)
     order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
-    evaluate = _evaluator(settings, config, corpus, tokenizer, model, fabric.device, run, console, micro_rows)
     loader = Loader(order, workers=workers, state=state.get("loader"))
-    checkpoints = Checkpoints(run.checkpoints, settings.checkpoint.keep, settings.keep_every)
+    evaluate = Evaluator(settings, corpus, tokenizer, model, run, console, micro_rows, device)
+    schedule = Schedule.of(settings)
+    decay_step = schedule.decay_start // batch_tokens
+    data = data_seen(settings, corpus, state)
+
+    def keep_for_good(step: int) -> bool:
+        return step == decay_step or (settings.keep_every is not None and step % settings.keep_every == 0)
+
+    checkpoints = Checkpoints(run.checkpoints, settings.checkpoint.keep, keep_for_good)
 
     def objective(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss, nll = module(batch["inputs"], batch["positions"], batch["targets"], settings.model.z_loss)
         return loss, nll
 
     def save(at: Progress) -> None:
-        values = {"tokens": at.tokens, "loader": loader.state(), "settings": to_dict(settings)}
+        values = {
+            "tokens": at.tokens,
+            "loader": loader.state(),
+            "micro_rows": micro_rows,
+            "fingerprints": fingerprints,
+            "data": data,
+            "settings": to_dict(settings),
+        }
         shape = to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
         checkpoints.save(at.step, checkpoint.training_tensors(raw, plain_optimizer), values, shape)
         if loader.bad_shards:
             names = ", ".join(sorted(loader.bad_shards))
             console.warn(f"{len(loader.bad_shards)} damaged shards passed over so far: {names}")
 
-    peak = budget.peak_flops(torch.cuda.get_device_name(fabric.device)) if fabric.device.type == "cuda" else None
+    peak = budget.peak_flops(device_name(device)) if device.type == "cuda" else None
     flops = budget.flops_per_token(config, seq_len)
     training = Training(
         fabric=fabric,
@@ -132,7 +150,7 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
         optimizer=optimizer,
         batches=PackedRows(loader, tokenizer.end),
         objective=objective,
-        rate=Schedule.of(settings).rate,
+        rate=schedule.rate,
         run=run,
         console=console,
         tokens=tokens,
@@ -145,25 +163,32 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
         evaluate_every=max(1, round(settings.eval.every / batch_tokens)) if settings.eval.every else 0,
         save=save,
         save_every=known(settings.checkpoint.every),
-        keep_every=settings.keep_every,
+        save_seconds=60 * settings.checkpoint.minutes,
+        save_at=keep_for_good,
         flops_per_token=flops,
         peak_flops=peak,
         progress=progress,
     )
+    sources = zip(corpus.sources, corpus.weights, strict=True)
     console.table(
         "",
         {
             "parameters": f"{budget.parameters(config).total:,}",
-            "data": ", ".join(f"{s.name} ({len(s.train)} shards, {w:.0%})" for s, w in _weighted(corpus)),
+            "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in sources),
             "batch": f"{batch_tokens:,} tokens = {rows} rows of {seq_len}, {micro_rows} a forward pass",
             "steps": f"{math.ceil(tokens / batch_tokens):,}, starting after {progress.step:,}",
-            "device": f"{_device_name(fabric.device)}, {settings.precision}, {workers} data workers",
+            "device": f"{device_name(device)}, {settings.precision}, {workers} data workers",
             "FLOPs per token": f"{flops / 1e6:,.0f} M = 6·(parameters without input embedding) + 12·L·H·N·T; "
             + (f"MFU against {peak / 1e12:,.0f} TFLOP/s dense bf16" if peak else "no peak is known, so no MFU"),
         },
     )
+    _warn_of_decay(state, settings, run, console)
 
-    # Train
+    # Train. Only from here on is anything of an earlier attempt changed.
+    if origin.checkpoint is not None:
+        checkpoints.set_aside_after(progress.step)
+    run.rewind(progress.step if origin.checkpoint is not None else -1)
+    run.begin(to_yaml(settings))
     run.start_metrics(progress.step, progress.tokens, tensorboard=settings.log.tensorboard)
     try:
         stopped = fit(training)
@@ -171,12 +196,14 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
         loader.close()
         run.close()
     bad_shards = sorted(loader.bad_shards)
-    write_model_folder(run.model, raw, config, tokenizer, settings, corpus, progress.step, progress.tokens, bad_shards)
+    write_model_folder(run.model, raw, config, tokenizer, settings, progress.step, progress.tokens, data, bad_shards)
     if stopped is None:
         console.say(f"trained on {progress.tokens:,} tokens in {progress.step:,} steps")
         console.say(f"model: {run.model}\nlook:  tensorboard --logdir {run.path}")
     else:
-        console.say(f"stopped by {stopped.name} after step {progress.step:,}; the same command goes on from there")
+        console.say(
+            f"stopped by {stopped.name} after step {progress.step:,}; to go on: the same with --run {settings.run}"
+        )
     return stopped
 
 
@@ -186,65 +213,33 @@ def known(value: Known | None) -> Known:
     return value
 
 
-def _weighted(corpus: Corpus) -> list[tuple[Any, float]]:
-    return list(zip(corpus.sources, corpus.weights, strict=True))
-
-
-def _precision(settings: TrainSettings) -> Any:
-    """32 or bf16: bf16 where the device has instructions for it, for elsewhere it is slower than fp32."""
-    if settings.precision != "auto":
-        return settings.precision
-    if _device(settings).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
-
-
-def _device(settings: TrainSettings) -> torch.device:
-    available = torch.cuda.device_count()
-    name = settings.device if settings.device != "auto" else ("cuda" if available else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(f"--device {name} is not there: torch sees {available} CUDA devices")
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _fabric(settings: TrainSettings) -> Fabric:
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose another sum
-        torch.use_deterministic_algorithms(True)
-    device = _device(settings)
-    return Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
-    )
-
-
 def _check_room(config: ModelConfig, run: RunFolder) -> None:
-    """Two checkpoints (weights and two moments in fp32) and the model folder must fit on the disk."""
-    require_space(run.path, 28 * budget.parameters(config).total, "this run (two checkpoints and the model)")
+    """The checkpoints kept at one time and the model folder must fit, beside what is there already."""
+    count = budget.parameters(config).total
+    there = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    needed = 5 * 12 * count + 4 * count - there  # weights and two moments in fp32: three, one kept for good, one new
+    require_space(run.path, max(needed, 16 * count), "this run (five checkpoints and the model)")
+
+
+def _warn_of_decay(state: dict[str, Any], settings: TrainSettings, run: RunFolder, console: Console) -> None:
+    """Say so when a larger budget raises a learning rate that had begun to decay."""
+    before = state.get("settings")
+    if before is None or before["tokens"] == settings.tokens or before["schedule"]["name"] != "wsd":
+        return
+    start = (before["tokens"] - before["schedule"]["decay"]) // before["batch_tokens"]
+    if state["step"] > start:
+        kept = run.checkpoints / f"step-{start:07d}"
+        console.warn(
+            f"the learning rate had been decaying since step {start:,} and now rises again; to go on from before "
+            f"the decay: --resume {kept}"
+        )
 
 
 def _tokenizer(
     settings: TrainSettings, config: ModelConfig, corpus: Corpus, run: RunFolder, origin: Origin, console: Console
 ) -> Tokenizer:
     """The run's tokenizer: its own from before, the prepared data's, the given one, or a new one."""
-    if (run.tokenizer / "tokenizer.json").exists():
+    if run.config.exists() and (run.tokenizer / "tokenizer.json").exists():
         return Tokenizer(run.tokenizer)
     given = find_tokenizer(settings.tokenizer, cache_folder()) if settings.tokenizer else origin.tokenizer
     for source in corpus.sources:
@@ -265,7 +260,12 @@ def _tokenizer(
     if given.vocab_size > config.vocab:
         raise UserError(
             f"the tokenizer in {given.folder} has {given.vocab_size:,} tokens, more than the {config.vocab:,} rows "
-            f"of the model's embedding; use --model.vocab {-(-given.vocab_size // 64) * 64}"
+            f"of the model's embedding; "
+            + (
+                "these weights need their own"
+                if settings.init
+                else f"use --model.vocab {-(-given.vocab_size // 64) * 64}"
+            )
         )
     _ = given.end  # says so now when the tokenizer has no end token
     if given.folder != run.tokenizer:
@@ -274,39 +274,17 @@ def _tokenizer(
     return Tokenizer(run.tokenizer)
 
 
-def _restore(
-    origin: Origin, raw: Transformer, optimizer: torch.optim.Optimizer, run: RunFolder, console: Console
-) -> dict[str, Any]:
-    """Load what the run starts from; returns the state to go on with, empty for a new run."""
+def _load_weights(origin: Origin, raw: Transformer, optimizer: torch.optim.Optimizer, console: Console) -> None:
+    """Load what the run starts from; nothing for a new one."""
     if origin.checkpoint is not None:
-        state = checkpoint.load(origin.checkpoint, raw, optimizer)
-        Checkpoints(run.checkpoints, keep=1).set_aside_after(state["step"])
-        run.rewind(state["step"])
+        checkpoint.load(origin.checkpoint, raw, optimizer)
         console.say(f"going on from {origin.checkpoint}")
-        return state
-    run.rewind(-1)
-    if origin.init is not None:
+    elif origin.init is not None:
         if (origin.init / "state.json").exists():
             checkpoint.load(origin.init, raw, None)
         else:
-            raw.load_state_dict(read_weights(origin.init, raw.config))
+            load_into(raw, origin.init)
         console.say(f"starting from the weights of {origin.init}")
-    return {}
-
-
-def _micro_rows(config: ModelConfig, rows: int, seq_len: int, device: torch.device) -> int:
-    """The most rows a forward pass that divide the batch and fit the device.
-
-    On a CPU more than about 4,096 tokens gain nothing and leave the caches; on a GPU the activations may
-    take 70% of what weights, gradients and moments leave.
-    """
-    divisors = [count for count in range(1, rows + 1) if rows % count == 0]
-    if device.type == "cuda":
-        room = 0.7 * (torch.cuda.mem_get_info(device)[0] - budget.training_bytes(config))
-        fitting = [n for n in divisors if budget.activation_bytes(config, n, seq_len, 2) <= room]
-    else:
-        fitting = [n for n in divisors if n * seq_len <= 4096]
-    return max(fitting, default=1)
 
 
 def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device) -> int:
@@ -315,39 +293,6 @@ def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device) -> i
         return settings.loader.workers
     if device.type == "cpu" or all(isinstance(source, PreparedSource) for source in corpus.sources):
         return 0
-    wanted = min(4, max(1, (os.cpu_count() or 1) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = min(8, max(1, cores - 1))
     return max(count for count in range(1, wanted + 1) if settings.loader.streams % count == 0)
-
-
-def _evaluator(
-    settings: TrainSettings,
-    config: ModelConfig,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    model: nn.Module,
-    device: torch.device,
-    run: RunFolder,
-    console: Console,
-    rows: int,
-) -> Any:
-    """The function that the loop calls to evaluate; reads the held-out text now, so that a lack shows at once."""
-    if not settings.eval.every:
-        return lambda step: {}
-    seq_len = known(settings.seq_len)
-    held_out = [read_held_out(source, tokenizer, seq_len, settings.eval.tokens) for source in corpus.sources]
-
-    def evaluate(step: int) -> dict[str, float]:
-        figures = validate(model, held_out, corpus.weights, tokenizer.end, rows, device)
-        if settings.eval.continuation:
-            length = settings.eval.continuation
-            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-                samples = {
-                    prompt: continue_text(model, tokenizer, prompt, length, config.context, device, settings.seed)
-                    for prompt in settings.eval.prompts
-                }
-            write_samples(run, step, samples)
-            prompt, text = next(iter(samples.items()), ("", ""))
-            console.say(f"  {prompt}{text}".replace("\n", " "))
-        return figures
-
-    return evaluate

@@ -11,6 +11,8 @@ from common.errors import UserError
 from common.run_folder import RunFolder
 from common.settings import differences, read_yaml
 from data.tokenizer import Tokenizer
+from models.hf_config import read_config
+from models.sizes import ModelConfig
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.settings import TrainSettings
@@ -50,19 +52,36 @@ def adopt_stored(settings: TrainSettings, run: RunFolder) -> TrainSettings:
     return settings if stored is None else _fill(settings, stored)
 
 
+def stored_shape(settings: TrainSettings, run: RunFolder) -> ModelConfig | None:
+    """The shape of the model in the checkpoint to go on from; None for a new run."""
+    asked = _asked_for(settings, run)
+    if asked is not None:
+        return read_config(asked)
+    steps = Checkpoints(run.checkpoints, keep=1).steps()
+    readable = [run.checkpoints / f"step-{step:07d}" for step in reversed(steps)]
+    found = next((path for path in readable if (path / "config.json").exists()), None)
+    return None if found is None else read_config(found)
+
+
 def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], None]) -> Origin:
     """Decide what the run starts from.
 
     Raises:
-        UserError: the run was made with other settings (shows them), exists though ``--resume never``
-            was asked for, or has only damaged checkpoints.
+        UserError: the run was made with other settings (shows them), exists though ``--resume never`` or
+            another run's checkpoint was asked for, or has only damaged checkpoints.
     """
     stored = _stored_settings(settings, run)
     if stored is not None:
         _refuse_differences(settings, stored, run)
-    if settings.resume not in ("auto", "never"):
-        return Origin(checkpoint=Path(settings.resume))
     checkpoints = Checkpoints(run.checkpoints, keep=1)
+    asked = _asked_for(settings, run)
+    if asked is not None:
+        own = asked.absolute().parent == run.checkpoints.absolute()
+        if checkpoints.steps() and not own:
+            raise UserError(
+                f"the run {run.path} has checkpoints of its own; choose another --run to go on from {asked}"
+            )
+        return Origin(checkpoint=asked)
     if checkpoints.steps():
         if settings.resume == "never":
             raise UserError(f"the run {run.path} exists; leave --resume out to go on with it, or choose another --run")
@@ -73,9 +92,23 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
                 "or from weights that you have with --init"
             )
         return Origin(checkpoint=newest)
-    if run.config.exists() and stored is None:
+    if stored is None:
         shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
     return Origin(init=Path(settings.init) if settings.init else None)
+
+
+def _asked_for(settings: TrainSettings, run: RunFolder) -> Path | None:
+    """The checkpoint that ``--resume PATH`` names; None when the run has gone on from it already.
+
+    So the same command can be given again, by a user or by SLURM, without starting over each time.
+    """
+    if settings.resume in ("auto", "never"):
+        return None
+    if run.config.exists() and read_yaml(run.config).get("resume") == settings.resume:
+        steps = Checkpoints(run.checkpoints, keep=1).steps()
+        if steps and steps[-1] > checkpoint.read_state(Path(settings.resume))["step"]:
+            return None
+    return Path(settings.resume)
 
 
 def _stored_settings(settings: TrainSettings, run: RunFolder) -> dict[str, Any] | None:
@@ -83,8 +116,9 @@ def _stored_settings(settings: TrainSettings, run: RunFolder) -> dict[str, Any] 
 
     A run that was stopped before its first checkpoint binds nobody, unless its settings are the same.
     """
-    if settings.resume not in ("auto", "never"):
-        return dict(checkpoint.read_state(Path(settings.resume))["settings"])
+    asked = _asked_for(settings, run)
+    if asked is not None:
+        return dict(checkpoint.read_state(asked)["settings"])
     if not run.config.exists():
         return None
     stored = read_yaml(run.config)

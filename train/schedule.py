@@ -30,6 +30,11 @@ class Schedule:
         total = math.ceil(settings.tokens / settings.batch_tokens) * settings.batch_tokens  # the last batch is whole
         return cls(chosen.name, settings.optimizer.lr, total, chosen.warmup, chosen.decay, chosen.final)
 
+    @property
+    def decay_start(self) -> int:
+        """Tokens at which the decay of wsd begins; the end where there is none."""
+        return self.total - self.decay if self.name == "wsd" else self.total
+
     def rate(self, tokens: int, batch_tokens: int) -> float:
         """The rate of a step that starts after ``tokens``.
 

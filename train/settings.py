@@ -50,6 +50,14 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"--optimizer.lr must be positive, not {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--optimizer.{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name in ("weight_decay", "eps", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"--optimizer.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}"
+                )
 
 
 @dataclass
@@ -72,8 +80,8 @@ class EvalSettings:
 
     every: Count | None = option(None, MAY_CHANGE)
     """Tokens between evaluations; 0: never. Default: a twentieth of the run."""
-    tokens: Count = option(Count(500_000), MAY_CHANGE)
-    """Held-out tokens of each source to evaluate on."""
+    tokens: Count | None = option(None, MAY_CHANGE)
+    """Held-out tokens of each source to evaluate on. Default: a fiftieth of the run, 20,000 to 500,000."""
     prompts: list[str] = field(
         default_factory=lambda: ["The", "In this paper we", "Once upon a time", "To make a good cup of tea,"],
         metadata=MAY_CHANGE,
@@ -89,6 +97,8 @@ class CheckpointSettings:
 
     every: int | None = field(default=None, metadata=MAY_CHANGE)
     """Steps between checkpoints. Default: a twentieth of the run, 10 to 1,000."""
+    minutes: float = field(default=30.0, metadata=MAY_CHANGE)
+    """Minutes after which a checkpoint is made in any case."""
     keep: int = field(default=3, metadata=MAY_CHANGE)
     """How many of the newest checkpoints stay."""
 
@@ -106,13 +116,17 @@ class LogSettings:
     tensorboard: bool = field(default=True, metadata=MAY_CHANGE)
     """Write TensorBoard events into the run folder."""
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"--log.every must be at least 1, not {self.every}")
+
 
 @dataclass
 class TrainSettings:
     """Pre-train a language model from text."""
 
     size: str | None = None
-    """Shape of the model: tiny 15m 60m 125m 350m 600m 1b 1.5b 3b c4-60m c4-130m c4-350m c4-1b. Default: 125m."""
+    """Shape of the model, a row of models/sizes.py: tiny, 15m, 60m, 125m … 3b, c4-60m … c4-1b. Default: 125m."""
     data: Mix = option(Mix.parse("c4"))
     """c4, c4:LANGUAGE, sample, a folder (C4's layout or prepared), or a mix: c4:en=0.9,c4:zh=0.1."""
     tokenizer: str | None = None
@@ -178,6 +192,10 @@ def model_config(settings: TrainSettings) -> ModelConfig:
         config = adapt(size(settings.size or "125m").config, **changes)  # type: ignore[arg-type]
     else:
         config = read_config(Path(settings.init))
+        for name, value in changes.items():
+            if value is not None and value != getattr(config, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--model.{flag} {value} cannot change the weights of --init ({getattr(config, name)})")
         if settings.size is not None:
             named = adapt(
                 size(settings.size).config, vocab=config.vocab, context=config.context, qk_norm=config.qk_norm
@@ -197,7 +215,7 @@ def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
     """
     tokens = settings.tokens or Count(budget.default_tokens(config))
     seq_len = settings.seq_len or Count(config.context)
-    batch = settings.batch_tokens or Count(max(default_batch_tokens(tokens), seq_len))
+    batch = settings.batch_tokens or Count(max(1, round(default_batch_tokens(tokens) / seq_len)) * seq_len)
     if batch % seq_len:
         below = batch // seq_len * seq_len
         choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
@@ -212,6 +230,9 @@ def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
     steps = math.ceil(tokens / batch)
     schedule = settings.schedule
     warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
+    if warmup > tokens:
+        raise UserError(f"--schedule.warmup {warmup} is longer than the run of {tokens} tokens")
+    held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 20, batch))
     save = settings.checkpoint.every or min(1000, max(10, steps // 20))
     return replace(
@@ -229,7 +250,7 @@ def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
             final=schedule.final if schedule.final is not None else {"wsd": 0.0, "cosine": 0.1}[schedule.name],
         ),
         model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
-        eval=replace(settings.eval, every=every),
+        eval=replace(settings.eval, every=every, tokens=held_out),
         checkpoint=replace(settings.checkpoint, every=save),
     )
 
@@ -251,7 +272,7 @@ def run_name(settings: TrainSettings) -> str:
     return f"{shape}-{os.environ.get('SLURM_JOB_ID') or datetime.date.today().isoformat()}"
 
 
-def run_folder(settings: TrainSettings) -> Path:
-    """Where a run lives: a path as it is, a plain name under ``runs/``."""
-    path = Path(run_name(settings)).expanduser()
-    return path if path.is_absolute() or len(path.parts) > 1 else Path("runs") / path
+def run_path(settings: TrainSettings) -> Path:
+    """Where a run lives: what has a slash or is ``.`` is a path, a plain name lies under ``runs/``."""
+    name = run_name(settings)
+    return Path(name).expanduser() if "/" in name or name == "." else Path("runs") / name

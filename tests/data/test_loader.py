@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.loader import Loader, Order
 from data.settings import Mix
 from data.sources import Corpus
-from tests.conftest import write_corpus
+from tests.conftest import ROOT, run_command, write_corpus
 
 
 @pytest.fixture
@@ -37,18 +37,53 @@ def test_worker_processes_give_the_same_rows_and_state_as_none(order: Order) -> 
 def test_workers_leave_signals_to_the_training_process_and_end_with_the_loader(order: Order) -> None:
     loader = Loader(order, workers=2)
     loader.take(4)
-    workers = [
-        process for process in psutil.Process().children(recursive=True) if "forkserver" in " ".join(process.cmdline())
-    ]
+    own = [process.pid for process in loader._ahead._iterator._workers]  # type: ignore[union-attr]
+    server = psutil.Process(own[0]).ppid()
+    assert "forkserver" in " ".join(psutil.Process(server).cmdline())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for process in loader._ahead._iterator._workers:  # type: ignore[union-attr]
-            os.kill(process.pid, number)
+        for process in (server, *own):  # SLURM signals every process of a step
+            os.kill(process, number)
     time.sleep(0.2)
     assert loader.take(100).shape == (100, 33)
-    own = [process.pid for process in loader._ahead._iterator._workers]  # type: ignore[union-attr]
     loader.close()
-    assert workers
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in own)
+
+
+def test_workers_start_where_a_folder_is_called_data(tmp_path: Path, corpus: Path, tokenizer) -> None:
+    (tmp_path / "data").mkdir()
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from data.loader import Loader, Order
+from data.settings import Mix
+from data.sources import Corpus
+from pathlib import Path
+loader = Loader(Order(Corpus.open(Mix.parse({str(corpus)!r})), Path({str(tokenizer.folder)!r}), 32, 8, 0), workers=2)
+print(loader.take(8).shape)
+loader.close()
+"""
+    done = run_command("-c", code, folder=tmp_path)
+    assert done.stdout.strip() == "(8, 33)", done.stderr
+
+
+def test_what_was_passed_over_is_remembered(order: Order) -> None:
+    state = Loader(order).state() | {"bad_shards": ["one"]}
+    assert Loader(order, state=state).state()["bad_shards"] == ["one"]
+
+
+def test_ranks_know_their_own_streams_alone_after_going_on(order: Order) -> None:
+    ranks = [Loader(order, rank=rank, world_size=2) for rank in range(2)]
+    for loader in ranks:
+        loader.take(24)
+    merged = ranks[0].state() | {
+        "positions": {k: v for loader in ranks for k, v in loader.state()["positions"].items()}
+    }
+    again = [Loader(order, rank=rank, world_size=2, state=merged) for rank in range(2)]
+    for loader in again:
+        loader.take(8)
+    streams = [set(loader.state()["positions"]) for loader in again]
+    assert not streams[0] & streams[1]
+    assert len(streams[0] | streams[1]) == 8
 
 
 def test_an_error_in_a_worker_reaches_the_user_as_it_is(tmp_path: Path, tokenizer) -> None:

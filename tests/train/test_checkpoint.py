@@ -41,7 +41,7 @@ def test_everything_comes_back_exactly(tmp_path: Path) -> None:
 
 
 def test_the_newest_stay_and_some_for_good(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_for_good=lambda step: step % 4 == 0)
     for step in range(1, 11):
         save(checkpoints, step)
     assert checkpoints.steps() == [4, 8, 9, 10]

@@ -76,7 +76,8 @@ def test_a_run_explains_itself(train, corpus, micro_model, capsys) -> None:
     files = ".lock config.yaml env.json metrics.jsonl samples.jsonl events checkpoints model tokenizer"
     assert names == set(files.split())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        f"step-{step:07d}" for step in (10, 20, 30, 35, 40)
+        f"step-{step:07d}"
+        for step in (10, 20, 30, 32, 35, 40)  # 32: where the decay begins
     ]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["event"] == "start"

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import UserError
 from common.settings import Count, parse
-from train.settings import TrainSettings, default_batch_tokens, model_config, resolve, run_folder
+from train.settings import TrainSettings, default_batch_tokens, model_config, resolve, run_path
 
 
 def read(*words: str) -> TrainSettings:
@@ -35,6 +35,9 @@ def test_the_batch_grows_with_the_root_of_the_budget() -> None:
         ("--size tiny --batch-tokens 1024 --micro-batch 3", "which --micro-batch 3 does not divide; use 2"),
         ("--size tiny --tokens 0", "--tokens must be at least 1"),
         ("--checkpoint.keep 0", "--checkpoint.keep"),
+        ("--log.every 0", "--log.every must be at least 1"),
+        ("--optimizer.beta1 2", "below 1, not 2"),
+        ("--size tiny --tokens 1M --schedule.warmup 1B", "longer than the run"),
         ("--init /no/such/model", "no model folder"),
         ("--data a=1,a=2", "stands twice"),
     ],
@@ -51,13 +54,13 @@ def test_init_decides_the_shape(micro_model: Path) -> None:
 
 
 def test_a_run_is_named_or_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_folder(TrainSettings(run="mine")) == Path("runs/mine")
-    assert run_folder(TrainSettings(run="./mine")) == Path("runs/mine") or run_folder(TrainSettings(run="a/b")) == Path(
-        "a/b"
-    )
-    assert run_folder(TrainSettings(run="/a/b")) == Path("/a/b")
+    assert run_path(TrainSettings(run="mine")) == Path("runs/mine")
+    assert run_path(TrainSettings(run="./mine")) == Path("mine")
+    assert run_path(TrainSettings(run="a/b")) == Path("a/b")
+    assert run_path(TrainSettings(run=".")) == Path(".")
+    assert run_path(TrainSettings(run="/a/b")) == Path("/a/b")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert run_folder(TrainSettings(size="1b")) == Path("runs/1b-4711")
+    assert run_path(TrainSettings(size="1b")) == Path("runs/1b-4711")
 
 
 def test_seq_len_beyond_the_size_extends_the_context() -> None:
