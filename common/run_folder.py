@@ -106,19 +106,22 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop metrics and samples beyond ``step``: the run goes on from there and writes them again."""
         for path in (self.metrics, self.samples):
+            kept = [line for line, record in _records(path) if record.get("step", 0) <= step]
             if path.exists():
-                kept = [line for line, record in _records(path) if record.get("step", 0) <= step]
                 write_text(path, "".join(line + "\n" for line in kept))
+
+    def has_steps(self) -> bool:
+        """Whether the metrics hold any training step."""
+        return any("loss" in record for _, record in _records(self.metrics))
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics hold an evaluation of ``step``."""
-        records = (record for _, record in _records(self.metrics)) if self.metrics.exists() else ()
-        return any(record.get("step") == step and "val/loss" in record for record in records)
+        return any(record.get("step") == step and "val/loss" in record for _, record in _records(self.metrics))
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a JSON lines file; the last may have been cut by a kill."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The whole lines of a JSON lines file, if there is one; the last line may have been cut by a kill."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with suppress(ValueError):
             yield line, json.loads(line)
 

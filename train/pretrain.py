@@ -70,7 +70,7 @@ def pretrain(settings: TrainSettings) -> signal.Signals | None:
         try:
             return _pretrain(settings, run, Console())
         except UserError:
-            if new and not run.metrics.exists():
+            if new and not run.has_steps():
                 shutil.rmtree(run.path)  # training never began
             raise
         except torch.OutOfMemoryError as error:

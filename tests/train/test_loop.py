@@ -1,6 +1,7 @@
 """The loop on the CPU: golden losses, accumulation, what a run leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,16 +132,52 @@ def test_larger_budgets_go_on_and_other_settings_are_refused(train, corpus, micr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_resume_from_a_path_goes_back_or_forks(train, corpus, micro_model) -> None:
+def test_resume_from_a_path_goes_back_or_forks(train, corpus, micro_model, capsys) -> None:
     words = ("--init", micro_model, "--data", corpus, "--batch-tokens", 256, "--seq-len", 32, "--eval.every", "0")
     words += ("--loader.streams", "8", "--tokens", 12 * 256, "--checkpoint.every", 4)
     run = train(*words)
     first = losses(run)
     fork = train(*words, "--resume", run / "checkpoints" / "step-0000008", name="fork")
     assert losses(fork) == first[8:]
-    train(*words, "--resume", run / "checkpoints" / "step-0000004")
+    back = ("--resume", run / "checkpoints" / "step-0000008")
+    train(*words, *back)
     assert losses(run) == first
-    assert (run / "checkpoints" / "superseded-step-0000008").exists()
+    assert (run / "checkpoints" / "superseded-step-0000012").exists()
+    train(*words, *back)  # given again, the same command does not go back again
+    starts = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "start" in line]
+    assert json.loads(starts[-1])["step"] == 12
+    with pytest.raises(SystemExit):
+        train(*words, "--resume", fork / "checkpoints" / "step-0000012")
+    assert "has checkpoints of its own" in capsys.readouterr().err
+
+
+def test_a_changed_corpus_is_refused(train, tmp_path: Path, corpus: Path, micro_model, capsys) -> None:
+    shutil.copytree(corpus, tmp_path / "data")
+    words = ("--init", micro_model, "--data", tmp_path / "data", "--batch-tokens", 256, "--seq-len", 32)
+    words += ("--eval.every", "0", "--loader.streams", "8")
+    train(*words, "--tokens", 512)
+    extra = next((tmp_path / "data" / "en").glob("c4-train*"))
+    shutil.copy(extra, extra.with_name("c4-train.00003-of-00003.json.gz"))
+    with pytest.raises(SystemExit):
+        train(*words, "--tokens", 1024)
+    assert "are not those the run began with" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, corpus, micro_model, capsys) -> None:
+    words = ("--init", micro_model, "--data", corpus, "--batch-tokens", 256, "--seq-len", 32, "--eval.every", "0")
+    words += ("--loader.streams", "8", "--tokens", 40 * 256, "--checkpoint.every", 1, "--schedule.warmup", 256)
+    with pytest.raises(SystemExit):
+        train(*words, "--optimizer.lr", "1e30")
+    error = capsys.readouterr().err
+    assert "training has diverged" in error
+
+
+def test_a_larger_budget_after_the_decay_is_warned_of(train, corpus, micro_model, capsys) -> None:
+    words = ("--init", micro_model, "--data", corpus, "--batch-tokens", 256, "--seq-len", 32, "--eval.every", "0")
+    words += ("--loader.streams", "8")
+    run = train(*words, "--tokens", 10 * 256)
+    train(*words, "--tokens", 20 * 256)
+    assert f"--resume {run / 'checkpoints' / 'step-0000008'}" in capsys.readouterr().out
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(train, corpus, micro_model) -> None:
