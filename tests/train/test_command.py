@@ -52,21 +52,22 @@ def test_every_flag_that_is_promised_is_there() -> None:
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a training command that must fail: exit code 2, one message, nothing made; returns the message."""
 
-    def run(*words: str | Path) -> str:
+    def run(*words: str | Path, began: bool = False) -> str:
         monkeypatch.setattr("sys.argv", ["train.py", "--run", str(tmp_path / "run"), *MICRO, *map(str, words)])
         with pytest.raises(SystemExit) as caught:
             main()
         signals.clear()
-        return check_failure(caught.value.code, capsys.readouterr().err, tmp_path / "run")
+        return check_failure(caught.value.code, capsys.readouterr().err, tmp_path / "run", began)
 
     return run
 
 
-def check_failure(code: object, error: str, run: Path) -> str:
+def check_failure(code: object, error: str, run: Path, began: bool = False) -> str:
     assert code == 2
     message = error[error.index("error: ") :].strip()
     assert "\n" not in message
-    assert not run.exists()
+    assert began or not run.exists()
+    assert not (run / "model").exists()
     return message
 
 
@@ -110,7 +111,7 @@ def test_a_corrupt_shard_is_named_and_can_be_passed_over(fails, tmp_path: Path, 
     shard = sorted((folder / "en").glob("c4-train*"))[1]
     shard.write_bytes(shard.read_bytes()[:-40])
     words = ("--init", micro_model, "--data", folder, "--tokens", "8k")
-    message = fails(*words)
+    message = fails(*words, began=True)
     assert shard.name in message
     assert "--skip-bad-shards" in message
     done = run_command("train.py", "--run", tmp_path / "run", *MICRO, *words, "--skip-bad-shards")
