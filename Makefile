@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN    := .venv/bin/python
 # What the demo trains; a smaller budget makes a smaller demo.
-DEMO_TOKENS ?= 600k
+DEMO_TOKENS ?= 400k
 DEMO_RUN    ?= runs/demo
 
 .PHONY: demo test check bench clean
@@ -20,8 +20,8 @@ DEMO_RUN    ?= runs/demo
 	@touch $@
 
 demo: .venv/ready
-	$(RUN) train.py --size tiny --data sample --tokens $(DEMO_TOKENS) --batch-tokens 8192 --run $(DEMO_RUN) \
-		--eval.tokens 40000
+	$(RUN) train.py --size tiny --data sample --tokens $(DEMO_TOKENS) --batch-tokens 2048 --run $(DEMO_RUN) \
+		--optimizer.lr 2e-3 --eval.every 80k --eval.tokens 20k
 	@$(RUN) -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
 		folder = sys.argv[1]; model = M.from_pretrained(folder); tokenizer = T.from_pretrained(folder); \
 		print(f"transformers loads it: {type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")' \
