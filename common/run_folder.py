@@ -63,8 +63,9 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """A block in which no other process can claim the folder; leftovers of killed ones are removed."""
         with exclusive(self.path, f"the run {self.path}"):
-            sweep(self.path)
-            sweep(self.checkpoints)
+            if self.config.exists():  # never in a folder that is something else
+                sweep(self.path)
+                sweep(self.checkpoints)
             yield
 
     def begin(self, settings_yaml: str) -> None:

@@ -66,7 +66,7 @@ def pretrain(settings: TrainSettings) -> signal.Signals | None:
     """
     run = RunFolder(run_path(settings))
     with run.claimed():
-        new = not run.config.exists()
+        new = {path.name for path in run.path.iterdir()} == {".lock"}  # nothing of anybody's is in it
         try:
             return _pretrain(settings, run, Console())
         except UserError:
@@ -112,8 +112,8 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
     micro_rows = settings.micro_batch or state.get("micro_rows") or fitting_rows(config, rows, seq_len, device)
     workers = _workers(settings, corpus, device)
     order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
-    loader = Loader(order, workers=workers, state=state.get("loader"))
     evaluate = Evaluator(settings, corpus, tokenizer, model, run, console, micro_rows, device)
+    loader = Loader(order, workers=workers, state=state.get("loader"))
     schedule = Schedule.of(settings)
     decay_step = schedule.decay_start // batch_tokens
     data = data_seen(settings, corpus, state)
@@ -195,8 +195,11 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
     finally:
         loader.close()
         run.close()
-    bad_shards = sorted(loader.bad_shards)
-    write_model_folder(run.model, raw, config, tokenizer, settings, progress.step, progress.tokens, data, bad_shards)
+    if progress.step:
+        bad_shards = sorted(loader.bad_shards)
+        write_model_folder(
+            run.model, raw, config, tokenizer, settings, progress.step, progress.tokens, data, bad_shards
+        )
     if stopped is None:
         console.say(f"trained on {progress.tokens:,} tokens in {progress.step:,} steps")
         console.say(f"model: {run.model}\nlook:  tensorboard --logdir {run.path}")

@@ -89,6 +89,13 @@ def test_bad_input_gets_one_message(fails, tmp_path: Path, corpus: Path, micro_m
     )
 
 
+def test_a_failed_start_leaves_other_files_of_the_folder_alone(fails, tmp_path: Path, micro_model: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".mine.tmp").write_text("precious")
+    fails("--init", micro_model, "--data", "/no/such/folder", began=True)
+    assert (tmp_path / "run" / ".mine.tmp").read_text() == "precious"
+
+
 def test_a_process_that_fails_says_so_without_a_traceback(tmp_path: Path, micro_model: Path) -> None:
     folder = write_corpus(tmp_path / "data", [["one document", "and another"]], ["validation text"])
     words = (*MICRO, "--init", micro_model, "--data", folder, "--loader.streams", "8", "--loader.workers", "2")
