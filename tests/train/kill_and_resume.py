@@ -44,6 +44,9 @@ def attempt(argv: list[str]) -> int:
 def main() -> None:
     """Attempt until finished; prints how each attempt ended."""
     plan = json.loads(sys.argv[1])
+    from common import signals
+
+    signals.install()  # inherited by the forks, as a real start has it from its first line
     import train.pretrain  # noqa: F401  (imported before the forks, once)
 
     metrics = Path(plan["run"]) / "metrics.jsonl"
@@ -51,6 +54,7 @@ def main() -> None:
         workers = plan["last_workers"] if kill is None else kill["workers"]
         began = last_step(metrics)
         child = attempt([*plan["argv"], "--loader.workers", str(workers)])
+        time.sleep(0.05)  # a forked Python drops signals that come before it has settled; a started one does not
         status = None
         while kill is not None and status is None:
             done, code = os.waitpid(child, os.WNOHANG)
