@@ -18,6 +18,9 @@ from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
 
 
+Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
+
+
 @dataclass
 class ModelSettings:
     """What may differ from the size's row in models/sizes.py."""
@@ -32,8 +35,10 @@ class ModelSettings:
 
 @dataclass
 class OptimizerSettings:
-    """AdamW, its learning rate and clipping."""
+    """The optimiser, its learning rate and clipping."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices by orthogonalised momentum, everything else by AdamW."""
     lr: float | None = None
     """Peak learning rate. Default: 1e-3 at width 768 and in inverse proportion to the width, at most 4e-3."""
     weight_decay: float = 0.1
@@ -46,11 +51,15 @@ class OptimizerSettings:
     """Added to the root of the mean square."""
     clip: float = 1.0
     """Largest global norm of the gradients; 0 does not clip."""
+    momentum: float = 0.95
+    """Muon's decay of the mean of gradients (Nesterov)."""
+    newton_schulz: Literal["auto", "bf16", "32"] = "auto"
+    """Precision in which muon orthogonalises. Default: bf16 where the device multiplies it natively."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"--optimizer.lr must be positive, not {self.lr}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optimizer.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("weight_decay", "eps", "clip"):
@@ -108,6 +117,22 @@ class CheckpointSettings:
 
 
 @dataclass
+class HealthSettings:
+    """When a step is not taken. A step whose loss or gradient norm is not finite never is."""
+
+    spike: float = field(default=6.0, metadata=MAY_CHANGE)
+    """Skip a step whose gradient norm is so many standard deviations above its running mean; 0: never."""
+    patience: int = field(default=20, metadata=MAY_CHANGE)
+    """Stop the run after so many skipped steps in a row."""
+
+    def __post_init__(self) -> None:
+        if self.spike < 0:
+            raise ValueError(f"--health.spike must not be negative, not {self.spike}")
+        if self.patience < 1:
+            raise ValueError(f"--health.patience must be at least 1, not {self.patience}")
+
+
+@dataclass
 class LogSettings:
     """What is written while training."""
 
@@ -147,6 +172,16 @@ class TrainSettings:
     """Decides the initial weights and the order of shards."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
     """auto, cpu, cuda or cuda:N."""
+    devices: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Processes on a node, each with a GPU of its own (or a share of the CPU). Default: torchrun's or SLURM's, else 1."""
+    nodes: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Machines. Default: torchrun's or SLURM's, else 1."""
+    strategy: Strategy = field(default="auto", metadata=MAY_CHANGE)
+    """How the job is spread. auto: by the plan, ddp where a device holds the model, else hsdp or fsdp."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = field(default="auto", metadata=MAY_CHANGE)
+    """Recompute in the backward pass: the feed-forward halves (selective) or whole blocks. auto: by the plan."""
+    deepspeed_config: str | None = field(default=None, metadata=MAY_CHANGE)
+    """JSON of DeepSpeed's own settings, laid over ours."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """bf16 computes in bfloat16 over fp32 weights. Default: bf16 where the device multiplies it natively."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=MAY_CHANGE)
@@ -171,14 +206,30 @@ class TrainSettings:
     """Evaluation."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """Checkpoints."""
+    health: HealthSettings = field(default_factory=HealthSettings)
+    """Steps that are skipped."""
     log: LogSettings = field(default_factory=LogSettings)
     """Logs."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "seq_len", "batch_tokens", "micro_batch", "keep_every"):
+        for name in ("tokens", "seq_len", "batch_tokens", "micro_batch", "keep_every", "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+@dataclass
+class TrainCommand(TrainSettings):
+    """What ``python train.py`` takes: a run's settings, and what to do with them instead of training here."""
+
+    plan: bool = False
+    """Print what the run would cost and whether it fits, and stop."""
+    explain: bool = False
+    """With --plan: the formula of every figure."""
+    gpu: str | None = None
+    """With --plan: the GPU to plan for, such as h100-80g. Default: the one that is here, else h100-80g."""
+    price: float | None = None
+    """With --plan: price of a GPU-hour in dollars."""
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
