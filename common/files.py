@@ -41,24 +41,36 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     replaced = path.with_name(f".{path.name}.old")
     with readable_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if replaced.exists() and not path.exists():  # killed between the two renames below
+        if replaced.exists() and not path.exists():  # killed between the two renames of replace_folder
             replaced.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        empty_folder(temporary)
     try:
         with readable_disk_errors(path):
             yield temporary
             sync_tree(temporary)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+            replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def empty_folder(path: Path) -> None:
+    """Make ``path`` an empty folder, whatever was there."""
+    with readable_disk_errors(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Give a folder, flushed to the disk, its name; one that has the name already is replaced."""
+    replaced = path.with_name(f".{path.name}.old")
+    sync(temporary)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ for each step, evaluation and start.
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,10 +23,15 @@ PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "num
 
 
 class RunFolder:
-    """A run's folder and its metrics."""
+    """A run's folder and its metrics.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the folder.
+        writes: whether this process writes to it: rank 0 does, the others read.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._pending: list[str] = []
         self._events: Any = None
 
@@ -62,6 +68,9 @@ class RunFolder:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """A block in which no other process can claim the folder; leftovers of killed ones are removed."""
+        if not self.writes:
+            yield
+            return
         with exclusive(self.path, f"the run {self.path}"):
             if self.config.exists():  # never in a folder that is something else
                 sweep(self.path)
@@ -70,13 +79,15 @@ class RunFolder:
 
     def begin(self, settings_yaml: str) -> None:
         """Write the settings and the environment."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, settings_yaml)
         write_json(self.path / "env.json", environment())
 
     def start_metrics(self, step: int, tokens: int, *, tensorboard: bool) -> None:
         """Note that training starts after ``step``, and open the TensorBoard events."""
-        if tensorboard:
+        if tensorboard and self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(self.path), purge_step=step + 1)
@@ -90,23 +101,24 @@ class RunFolder:
             self._events.close()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Queue a line for ``metrics.jsonl``; its numbers go to TensorBoard too."""
-        if self._events is not None:
-            for name, value in record.items():
-                if name not in ("step", "tokens", "event", "time"):
-                    self._events.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        """Queue a line for ``metrics.jsonl``; its numbers go to TensorBoard too. JSON has no NaN: it becomes null."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record = record | {name: None}
+            elif self._events is not None and name not in ("step", "tokens", "event", "time"):
+                self._events.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
         self._pending.append(json.dumps(record, ensure_ascii=False))
 
     def flush(self) -> None:
         """Write the queued lines."""
-        if self._pending:
+        if self._pending and self.writes:
             with readable_disk_errors(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write("\n".join(self._pending) + "\n")
-            self._pending.clear()
+        self._pending.clear()
 
     def rewind(self, step: int) -> None:
         """Drop metrics and samples beyond ``step``: the run goes on from there and writes them again."""
-        for path in (self.metrics, self.samples):
+        for path in (self.metrics, self.samples) if self.writes else ():
             kept = [line for line, record in _records(path) if record.get("step", 0) <= step]
             if path.exists():
                 write_text(path, "".join(line + "\n" for line in kept))

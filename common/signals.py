@@ -10,16 +10,21 @@ import os
 import signal
 from types import FrameType
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""The signals that ask a run to save and stop."""
+
 _received: signal.Signals | None = None
 
 
 def install() -> None:
     """Record SIGTERM, SIGUSR1 and SIGINT instead of dying from them.
 
-    A second SIGINT (Ctrl-C pressed twice) interrupts at once.
+    A second SIGINT (Ctrl-C pressed twice) interrupts at once. Whoever started this process may have blocked
+    the signals, so that those which came before this line are not fatal but wait for it: they come now.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, _record)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def received() -> signal.Signals | None:
@@ -38,7 +43,7 @@ def clear() -> None:
 
 def ignore() -> None:
     """Leave the signals to the parent: for worker processes, which get them with the group."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

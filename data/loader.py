@@ -176,6 +176,18 @@ class Loader:
         return np.stack(rows)
 
 
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the whole run from those of all its ranks; empty from none."""
+    if not states:
+        return {"rows": 0, "positions": {}, "bad_shards": []}
+    positions = {stream: at for state in states for stream, at in state["positions"].items()}
+    return {
+        "rows": states[0]["rows"],
+        "positions": dict(sorted(positions.items(), key=lambda item: int(item[0]))),
+        "bad_shards": sorted({name for state in states for name in state["bad_shards"]}),
+    }
+
+
 @dataclass(frozen=True)
 class _Group:
     """What a worker sends: rows with the positions after each, or what went wrong."""

@@ -1,12 +1,29 @@
 """What a model costs: parameters, FLOPs, bytes in training and on a phone.
 
-Pure arithmetic: imports nothing heavy, so that a plan is printed in well under a second.
+Pure arithmetic: imports nothing heavy, so that a plan is printed in well under a second. Which of these
+bytes stand on a device under which strategy is for train/plan.py to say.
+
+In formulas: L layers, D model width, H query heads, K key/value heads, N head width, F feed-forward width,
+V vocabulary, T tokens in a row, M tokens in a forward pass, P parameters, b bytes of a value (2 in bf16).
 """
 
-import re
+import math
 from dataclasses import dataclass
 
+from models.gpus import peak_flops as peak_flops
 from models.sizes import ModelConfig
+
+HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits exist at one time, as in models/transformer.py (a test holds them equal)."""
+
+PHONE_MEMORY = 12e9
+"""The phone that the sizes are meant for."""
+PHONE_BANDWIDTH = 50e9
+"""Bytes a second that a phone's decoder reads: an assumption. Public 16-bit figures imply 45 to 55 GB/s: Llama-3.2-1B
+at 19.2 tokens/s in ExecuTorch on a OnePlus 12 (Meta's model card), Qwen3-1.7B at 13.6 in llama.cpp's OpenCL."""
+OPENCL_GATE = int(0.85 * 5 * 2**30)
+"""Most bytes that MLC-LLM's engine takes on OpenCL: 0.85 (its default gpu_memory_utilization) · max(5 GiB, memory
+reported) (TotalDetectGlobalMemory in cpp/serve/config.cc). 12 GB phones report 4.4 to 4.8 GB, so 5 GiB counts."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +70,194 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * matmul + 12 * config.layers * config.heads * config.head_width * seq_len
 
 
+def recomputed_flops(config: ModelConfig, seq_len: int, checkpointing: str) -> int:
+    """FLOPs a token that checkpointing adds, which MFU does not count.
+
+    Forward again through the feed-forward halves, 2·3·L·D·F (selective), or through the blocks, 2·(their
+    parameters) + 4·L·H·N·T (full).
+    """
+    if checkpointing == "selective":
+        return 6 * config.layers * config.width * config.ffn
+    if checkpointing == "full":
+        attention = 4 * config.layers * config.heads * config.head_width * seq_len
+        return 2 * parameters(config).layers + attention
+    return 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that one device holds from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter tensor of models/transformer.py; a tied head is the embedding."""
+    wide = (config.heads + 2 * config.kv_heads) * config.head_width
+    block: dict[str, tuple[int, ...]] = {
+        "attention_norm.weight": (config.width,),
+        "attention.qkv.weight": (wide, config.width),
+        "attention.out.weight": (config.width, config.heads * config.head_width),
+        "ffn_norm.weight": (config.width,),
+        "ffn.gate_up.weight": (2 * config.ffn, config.width),
+        "ffn.down.weight": (config.width, config.ffn),
+    }
+    if config.qk_norm:
+        block |= dict.fromkeys(("attention.q_norm.weight", "attention.k_norm.weight"), (config.head_width,))
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab, config.width)}
+    for layer in range(config.layers):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    shapes["norm.weight"] = (config.width,)
+    if not config.tied:
+        shapes["head.weight"] = (config.vocab, config.width)
+    return shapes
+
+
+def state_bytes(config: ModelConfig, optimizer: str = "adamw", *, shards: int = 1, rank: int = 0) -> State:
+    """Exact bytes of fp32 weights, gradients and optimiser on one device.
+
+    Per parameter tensor: 4 a weight and 4 a gradient; AdamW two moments and a step counter, 4 + 4 a weight
+    and 4 for the tensor; Muon one momentum, 4 a weight and no counter, for the matrices of the blocks,
+    and AdamW for the others. 16·P in all, and a little.
+
+    Args:
+        config: the shape.
+        optimizer: adamw or muon.
+        shards: devices that share each tensor by its rows (FSDP2); 1: every device holds all (DDP).
+        rank: which of them; the first holds the most, ceil(rows / shards) of every tensor.
+    """
+    weights, moments = 0, 0
+    for name, shape in parameter_shapes(config).items():
+        count = _rows(shape[0], shards, rank) * math.prod(shape[1:])
+        by_muon = optimizer == "muon" and name.startswith("blocks.") and len(shape) == 2
+        weights += 4 * count
+        moments += 4 * count if by_muon else 8 * count + 4
+    return State(weights, weights, moments)
+
+
+def _rows(rows: int, shards: int, rank: int) -> int:
+    """Rows of chunk ``rank`` when ``rows`` are cut as torch.chunk does."""
+    chunk = -(-rows // shards)
+    return max(0, min(chunk, rows - rank * chunk))
+
+
 def training_bytes(config: ModelConfig) -> int:
-    """Bytes of fp32 weights, gradients and AdamW's two moments: 16 a parameter."""
+    """Bytes of fp32 weights, gradients and AdamW's two moments: 16 a parameter, step counters left out."""
     return 16 * parameters(config).total
 
 
-def activation_bytes(config: ModelConfig, rows: int, seq_len: int, bytes_per_value: int) -> int:
-    """Rough bytes of the activations that a forward pass keeps for the backward pass.
+def attention_values(config: ModelConfig, bytes_per_value: int, *, compiled: bool) -> int:
+    """Bytes a token that the attention half of a block keeps for the backward pass.
 
-    Per token and layer: the inputs of the norms and of the four matrix products, queries, keys,
-    values, attention's output, and three tensors of the feed-forward width; plus one chunk of logits
-    in fp32 (the head never holds more). A planning figure: compilers keep less.
+    Compiled: b·(3·D + (3·H + 3·K)·N) + 4·(1 + H), and with QK-norm 4·(H + K): input and output of the norm, the
+    product of the projections (the values are a part of it), the turned queries and keys, attention's
+    output and log-sum-exp, the product that is added to the residual stream, and the norms' factors in
+    fp32. Eager keeps that last product not, and of each norm, instead of its input, the input in fp32 and
+    the input times its factor, 8 a value: 8·D in place of 2·b·D, and 8·(H + K)·N more for QK-norm (4 in fp32).
     """
-    tokens = rows * seq_len
-    per_layer = 6 * config.width + 3 * config.ffn + 2 * (config.heads + 2 * config.kv_heads) * config.head_width
-    return tokens * (config.layers * per_layer + 4 * config.width) * bytes_per_value + 2**12 * config.vocab * 4
+    heads = config.heads + config.kv_heads
+    qkv = bytes_per_value * (heads + config.kv_heads) * config.head_width
+    attention = bytes_per_value * (heads + config.heads) * config.head_width + 4 * config.heads
+    if compiled:
+        norms = 4 + (4 * heads if config.qk_norm else 0)
+        return 3 * bytes_per_value * config.width + norms + qkv + attention
+    # In fp32 the queries and keys that QK-norm takes are the product itself, not a copy.
+    copies = 1 if bytes_per_value == 4 else 2
+    norms = 4 + (4 * heads * (copies * config.head_width + 1) if config.qk_norm else 0)
+    return (8 + bytes_per_value) * config.width + norms + qkv + attention
+
+
+def ffn_values(config: ModelConfig, bytes_per_value: int, *, compiled: bool) -> int:
+    """Bytes a token that the feed-forward half of a block keeps for the backward pass.
+
+    Compiled: b·(D + 3·F) + 4: output of the norm, gate and up, their product, the norm's factor. Eager: also
+    silu(gate), b·F, and 8·D for the norm as in :func:`attention_values`.
+    """
+    if compiled:
+        return bytes_per_value * (config.width + 3 * config.ffn) + 4
+    return bytes_per_value * (config.width + 4 * config.ffn) + 8 * config.width + 4
+
+
+def activation_bytes(
+    config: ModelConfig,
+    rows: int,
+    seq_len: int,
+    bytes_per_value: int,
+    *,
+    checkpointing: str = "none",
+    compiled: bool = False,
+    masked: bool = False,
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the head and its loss.
+
+    M·(L·block + b·N + 8·D + 12) for M = rows·T tokens: the blocks, the rotary table, the last norm and the tokens'
+    ids. A block is its attention and its feed-forward half; ``selective`` checkpointing keeps of the latter
+    at most its input, b·D, ``full`` of the whole block only its input, b·D.
+
+    Eager is exact on a CPU: tests hold it to the storages that autograd keeps. On CUDA eager keeps less, as
+    the norms are single kernels there. Compiled is exact on a CPU too (bench/memory.py); which values a
+    compiled graph keeps is decided by the same partitioner for all devices, and attention on CUDA keeps its
+    output and log-sum-exp as here, never the T·T scores: so CUDA should keep the same, but that is
+    reasoned, not measured.
+
+    Args:
+        config: the shape.
+        rows: rows in a forward pass.
+        seq_len: tokens in a row, T.
+        bytes_per_value: 4 in fp32, 2 in bf16.
+        checkpointing: none, selective or full.
+        compiled: the blocks are compiled.
+        masked: rows of several documents on a CPU, which keeps an additive mask, b·T·T a row.
+    """
+    stream = bytes_per_value * config.width
+    attention = attention_values(config, bytes_per_value, compiled=compiled)
+    ffn = ffn_values(config, bytes_per_value, compiled=compiled)
+    between = 0 if compiled else stream  # compiled it is made again from the block's input and the product kept
+    block = {"none": attention + ffn, "selective": attention + between, "full": stream}[checkpointing]
+    ends = bytes_per_value * config.head_width + 8 * config.width + 4 + 8
+    mask = rows * seq_len**2 * bytes_per_value if masked else 0
+    return rows * seq_len * (config.layers * block + ends) + mask
+
+
+def backward_bytes(
+    config: ModelConfig, tokens: int, bytes_per_value: int, *, checkpointing: str = "none", compiled: bool = False
+) -> int:
+    """Bytes that the backward pass of one block needs beside what is kept, roughly.
+
+    M·b·(3·F + 2·D), the gradients within the feed-forward half and along the residual stream, and with
+    checkpointing what is computed again: the feed-forward half, or the whole block.
+    """
+    gradients = bytes_per_value * (3 * config.ffn + 2 * config.width)
+    ffn = ffn_values(config, bytes_per_value, compiled=compiled)
+    block = attention_values(config, bytes_per_value, compiled=compiled) + ffn
+    return tokens * (gradients + {"none": 0, "selective": ffn, "full": block}[checkpointing])
+
+
+def head_kept_bytes(config: ModelConfig, tokens: int, bytes_per_value: int) -> int:
+    """Bytes that the head keeps from its forward to its backward pass: d_hidden b·M·D and fp32 d_weight 4·V·D."""
+    return bytes_per_value * tokens * config.width + 4 * config.vocab * config.width
+
+
+def head_bytes(config: ModelConfig, tokens: int, bytes_per_value: int, *, chunk: int, compiled: bool = False) -> int:
+    """Most bytes that the head and the cross-entropy hold at one time.
+
+    What they keep (:func:`head_kept_bytes`) and the larger of two: in the forward pass one chunk of C tokens,
+    C·V logits and their gradient, b + b bytes each when compiled, eager in fp32 with a temporary as well
+    (10 in bf16, 8 in fp32), and in bf16 the head's weight and the product that is added to d_weight,
+    2 + 2 bytes each; in the backward pass the scaled d_weight and d_hidden.
+    """
+    matrix = config.vocab * config.width
+    a_logit = 2 * bytes_per_value if compiled else {2: 10, 4: 8}[bytes_per_value]
+    forward = min(tokens, chunk) * config.vocab * a_logit + (4 * matrix if bytes_per_value == 2 else 0)
+    kept = head_kept_bytes(config, tokens, bytes_per_value)
+    return kept + max(forward, kept)
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, bytes_per_value: int = 2) -> int:
@@ -80,35 +270,17 @@ def phone_bytes(config: ModelConfig, context: int) -> int:
     return 2 * parameters(config).total + kv_cache_bytes(config, context)
 
 
+def weight_read_bytes(config: ModelConfig) -> int:
+    """fp16 bytes of weights that decoding a token reads: all but an input embedding of its own, 2·(P - V·D)."""
+    counted = parameters(config)
+    return 2 * (counted.layers + config.vocab * config.width)
+
+
+def decode_ceiling(config: ModelConfig, context: int, bandwidth: float = PHONE_BANDWIDTH) -> float:
+    """Tokens a second that memory allows: bandwidth / (weights read + KV cache at ``context`` tokens)."""
+    return bandwidth / (weight_read_bytes(config) + kv_cache_bytes(config, context))
+
+
 def default_tokens(config: ModelConfig) -> int:
     """20 training tokens a parameter (Hoffmann et al., arXiv:2203.15556)."""
     return 20 * parameters(config).total
-
-
-# Dense bf16 peaks in FLOP/s without sparsity, from the makers' datasheets: NVIDIA A100 (2020), H100
-# (2022: SXM 989, PCIe 756, NVL 835 a card), H200 (SXM 989), B200 (2250), L4 (121), L40S (362),
-# A10 (125), A40 (150), A6000 (155), RTX 3090 (71), RTX 4090 (165, fp32 accumulation). The first
-# whose words are all in the device's name counts, so longer names stand first.
-PEAK_BF16 = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "A10G": 125e12,
-    "A40": 150e12,
-    "A6000": 155e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s by its name, or None when it is not in the table."""
-    words = re.split(r"[^A-Za-z0-9]+", device_name)
-    return next((peak for name, peak in PEAK_BF16.items() if set(name.split()) <= set(words)), None)

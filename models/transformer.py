@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from models.sizes import ModelConfig
 
@@ -76,24 +77,45 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    ``checkpointing`` trades time for memory (Chen et al., arXiv:1604.06174). ``selective`` recomputes the
+    feed-forward half in the backward pass, which holds most of a block's activations and costs least a
+    byte to compute again; ``full`` recomputes the whole block and keeps its input alone.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.checkpointing = "none"
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._whole, x_BTD, rotary, mask, use_reentrant=False))
+        return self._whole(x_BTD, rotary, mask)
+
+    def _whole(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
-        return cast(Tensor, x_BTD + self.ffn(self.ffn_norm(x_BTD)))
+        if self.checkpointing == "selective" and torch.is_grad_enabled():
+            return x_BTD + cast(Tensor, checkpoint(self._feed_forward, x_BTD, use_reentrant=False))
+        return x_BTD + self._feed_forward(x_BTD)
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        return cast(Tensor, self.ffn(self.ffn_norm(x_BTD)))
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model of the given shape, with weights drawn by :func:`initialise`."""
+    """A decoder-only language model of the given shape, with weights drawn by :func:`initialise`.
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    Args:
+        config: the shape.
+        seed: of the weights; None leaves them to the caller, who shards the model before it has any.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
@@ -103,7 +125,27 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._chunk_loss = chunk_loss
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
+
+    @property
+    def checkpointing(self) -> str:
+        """What the backward pass recomputes, see :class:`Block`: none, selective or full."""
+        return str(self.blocks[0].checkpointing)
+
+    @checkpointing.setter
+    def checkpointing(self, mode: str) -> None:
+        for block in self.blocks:
+            block.checkpointing = mode  # type: ignore[assignment]
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The fused matrices by name, each with the rows of the matrices that stand in it one below the other."""
+        q, kv = self.config.heads * self.config.head_width, self.config.kv_heads * self.config.head_width
+        rows: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.config.layers):
+            rows[f"blocks.{layer}.attention.qkv.weight"] = (q, kv, kv)
+            rows[f"blocks.{layer}.ffn.gate_up.weight"] = (self.config.ffn, self.config.ffn)
+        return rows
 
     def compile_parts(self) -> None:
         """Compile each block and the loss of a chunk.
@@ -301,7 +343,13 @@ def chunk_loss(
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Draw all weights, each from a generator of its own.
+    """Draw all weights by :func:`initial_weight`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_weight(name, parameter.shape, model.config, seed))
+
+
+def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The first value of a parameter, on the CPU.
 
     ===================================  ==========================================
     embedding, head                      normal, std 0.02
@@ -314,13 +362,11 @@ def initialise(model: Transformer, seed: int) -> None:
     (GPT-2). A weight's generator is seeded by (seed, its name): its values do not depend on the order
     of construction, on the device, or on how the model is sharded.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(1.0)
-            continue
-        std = 0.02
-        if name.endswith(("attention.out.weight", "ffn.down.weight")):
-            std /= math.sqrt(2 * model.config.layers)
-        digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    if len(shape) < 2:
+        return torch.ones(shape)
+    std = 0.02
+    if name.endswith(("attention.out.weight", "ffn.down.weight")):
+        std /= math.sqrt(2 * config.layers)
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,4 +1,4 @@
-"""``python -m train``: pre-train a language model."""
+"""``python -m train``: pre-train a language model; ``python -m train consolidate``: a checkpoint to a model folder."""
 
 from common import signals
 
@@ -9,13 +9,21 @@ examples:
   python train.py --size 1b                                  C4 from the hub, about 20 tokens a parameter
   python train.py --size 125m --data DIR --tokens 2e9        a folder of shards in C4's layout
   python train.py --size tiny --data sample --tokens 1M      offline, on a CPU, in minutes
+  python train.py --size 1b --devices 8                      all eight GPUs of this machine
+  python train.py --size 1b --plan --devices 8 --nodes 4 --gpu h100-80g --price 2.5
+  python train.py --size 1b --slurm nodes=4,gpus=8,time=24:00:00
 The same command again goes on with the run where it stopped.
+
+python train.py consolidate RUN     makes a model folder of a run's newest checkpoint
 """
 
 
 def main() -> None:
     """The command: parse, train, and exit with 128 + the number of the signal that stopped it, if one did."""
     signals.install()  # first: SLURM may signal while the imports below are still running
+    from train.launch import end_with_parent
+
+    end_with_parent()
     from common.command import run_command
 
     run_command(_main)
@@ -24,15 +32,26 @@ def main() -> None:
 def _main() -> None:
     import sys
 
+    if sys.argv[1:2] == ["consolidate"]:
+        from train.consolidate import consolidate_command
+
+        consolidate_command(sys.argv[2:])
+        return
     from common.settings import parse
-    from train.settings import TrainSettings
+    from train.settings import TrainCommand, run_settings
 
-    settings = parse(TrainSettings, sys.argv[1:], prog="python train.py", description=DESCRIPTION)
-    from train.pretrain import pretrain
+    command = parse(TrainCommand, sys.argv[1:], prog="python train.py", description=DESCRIPTION)
+    if command.plan:
+        from train.plan import print_plan
 
-    stopped = pretrain(settings)
-    if stopped is not None:
-        sys.exit(128 + stopped)
+        print_plan(command)
+        return
+    from train.launch import join
+
+    place = join(command.devices, command.nodes)
+    from train.rank import run_rank
+
+    run_rank(run_settings(command), place)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ A checkpoint is a folder ``step-0001000`` of
 * ``config.json``: the model's shape;
 * ``checksums.json``: size and xxHash of each of the other files.
 
-It is written under a temporary name, read back for its checksums, flushed and then renamed. Nothing that
+It is written under a temporary name, flushed, read back for its checksums and then renamed; each rank writes,
+flushes and sums its own files, and rank 0 renames when all are done. Nothing that
 reading one back does can execute code: tensors are read with ``weights_only``, and DCP's pickled
 ``.metadata`` by an unpickler that knows its few classes and nothing else.
 """
@@ -18,21 +19,25 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.optim import Optimizer
 
+from common.distributed import Job
 from common.errors import UserError
-from common.files import new_folder, require_space, write_json
+from common.files import empty_folder, readable_disk_errors, replace_folder, require_space, sync, write_json
 
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -46,6 +51,7 @@ _METADATA_CLASSES = {
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("torch", "float32"),
+    ("torch", "float64"),
     ("torch", "bfloat16"),
     ("torch", "float16"),
     ("torch", "int64"),
@@ -57,39 +63,140 @@ _METADATA_CLASSES = {
 class Checkpoints:
     """The checkpoints of a run.
 
+    Every rank has one and calls :meth:`save` at the same steps. The tensors are copied to host memory, and a
+    thread writes the copy while training goes on; the thread has a process group of its own, for its
+    collectives must not mix with those of the training.
+
     Args:
-        folder: where they are kept.
+        folder: where they are kept, on a disk that all nodes see.
         keep: how many of the newest stay.
         keep_for_good: whether the checkpoint of a step stays whatever its age.
+        job: the ranks that save together, with a group that nothing else uses.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_for_good: Callable[[int], bool] = lambda step: False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_for_good: Callable[[int], bool] = lambda step: False,
+        job: Job | None = None,
+    ) -> None:
         self.folder, self._keep, self._keep_for_good = folder, keep, keep_for_good
+        self._job = job or Job()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(),
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=torch.cuda.is_available(),
+            )
+        )
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], config: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        wait: bool = True,
+    ) -> Path:
         """Write the checkpoint of ``step`` and remove those that are no longer kept.
 
         Args:
             step: optimiser steps taken.
-            tensors: from :func:`training_tensors`.
-            state: plain values for JSON.
+            tensors: from :meth:`train.engine.Engine.tensors`; each rank gives its shards.
+            state: plain values for JSON; rank 0's is written.
             config: contents of ``config.json``.
+            wait: until it is written; otherwise only until the tensors are copied, and an error comes up
+                with the next call of :meth:`save` or :meth:`wait`.
 
         Raises:
             UserError: the disk is full; older checkpoints are untouched.
         """
+        self.wait()
         path = self.folder / f"step-{step:07d}"
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        require_space(self.folder, size + 2**20, f"the checkpoint of step {step}")
-        with new_folder(path) as temporary:
-            write_json(temporary / "state.json", {"step": step, **state})
-            write_json(temporary / "config.json", config)
+        if wait:
+            self._write(path, step, tensors, state, config)
+        else:
+            copy = self._stager.stage(tensors)
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+            self._writing = self._writer.submit(self._write, path, step, copy, state, config)
+        return path
+
+    def wait(self) -> None:
+        """Until what is being written is written; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let the writing end, whatever comes of it."""
+        self._writer.shutdown()
+        self._stager.close()
+
+    def _write(
+        self, path: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], config: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint together with the other ranks; raises on all of them what went wrong on any."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            self._write_files(temporary, path, step, tensors, state, config)
+        except BaseException:
+            if self._job.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _write_files(
+        self,
+        temporary: Path,
+        path: Path,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        config: dict[str, Any],
+    ) -> None:
+        with self._together():
+            if self._job.rank == 0:
+                empty_folder(temporary)
+                size = sum(_whole_bytes(tensor) for tensor in tensors.values())
+                require_space(self.folder, size + 2**20, f"the checkpoint of step {step}")
+        with self._together() as results, readable_disk_errors(path):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp_save(tensors, storage_writer=FileSystemWriter(temporary, sync_files=False))
-            write_json(temporary / "checksums.json", _checksums(temporary))
-        self._remove_old(step)
-        return path
+                writer = FileSystemWriter(temporary, sync_files=False)
+                dcp_save(tensors, storage_writer=writer, process_group=self._job.group)
+            results.append(_sync_and_sum(temporary, f"__{self._job.rank}_*.distcp"))
+        with self._together(), readable_disk_errors(path):
+            if self._job.rank == 0:
+                write_json(temporary / "state.json", {"step": step, **state})
+                write_json(temporary / "config.json", config)
+                sums = {name: values for part in results for name, values in part.items()}
+                sums |= _sync_and_sum(temporary, ".metadata") | _sync_and_sum(temporary, "*.json")
+                write_json(temporary / "checksums.json", sums)
+                replace_folder(temporary, path)
+                self._remove_old(step)
+
+    @contextmanager
+    def _together(self) -> Iterator[list[dict[str, list[Any]]]]:
+        """A block whose error on one rank is raised on all; what ranks append to its list, rank 0 gets from all."""
+        results: list[dict[str, list[Any]]] = []
+        error: BaseException | None = None
+        try:
+            yield results
+        except BaseException as raised:
+            error = raised
+            results.clear()
+        outcomes = self._job.gather((str(error) if error else "", isinstance(error, UserError), list(results)))
+        message, known = self._job.broadcast(next(((m, k) for m, k, _ in outcomes if m), ("", False)))
+        if error is not None:
+            raise error
+        if message:
+            raise UserError(message) if known else RuntimeError(f"another rank could not save: {message}")
+        results[:] = [result for _, _, gathered in outcomes for result in gathered]
 
     def newest_good(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose files have their checksums; ``warn`` hears of each that has not."""
@@ -125,46 +232,54 @@ class Checkpoints:
                 shutil.rmtree(condemned, ignore_errors=True)
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """Every tensor that training depends on, by name: ``model.NAME`` and ``optimizer.NAME.KEY``."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+def load(
+    path: Path,
+    into: Callable[[dict[str, torch.Size]], dict[str, Tensor]],
+    *,
+    verified: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Read a checkpoint's tensors, each rank its shards; returns its state.
 
-
-def load(path: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """Read a checkpoint into ``model`` and, where given, ``optimizer``; returns its state.
+    Args:
+        path: the checkpoint.
+        into: from names and shapes of what is stored to the tensors to read: all that it gives must be
+            stored in the shape that it has there.
+        verified: the checksums have been compared already.
+        group: of all ranks, for talk between hosts; None when this process reads alone.
 
     Raises:
         UserError: it is no checkpoint, is damaged, or holds a model of another shape.
     """
     state = read_state(path)
-    damage = damaged(path)
+    damage = None if verified else damaged(path)
     if damage is not None:
         raise UserError(f"the checkpoint {path} is damaged: {damage}")
     reader = _Reader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = training_tensors(model, None)
-    misfits = [name for name, tensor in tensors.items() if _shape(stored.get(name)) != tensor.shape]
+    metadata = reader.read_metadata().state_dict_metadata
+    stored = {name: tensor.size for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
+    tensors = into(stored)
+    misfits = [name for name, tensor in tensors.items() if stored.get(name) != tensor.shape]
     if misfits:
-        found = _shape(stored.get(misfits[0]))
-        raise UserError(f"the checkpoint {path} is of another model: its {misfits[0]} is {found}")
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            prefix = f"optimizer.{name}."
-            for full in (known for known in stored if known.startswith(prefix)):
-                shape = _shape(stored[full])
-                # On the parameter's device, where fused AdamW keeps its step count too.
-                value = torch.zeros(shape or (), dtype=torch.float32, device=parameter.device)
-                optimizer.state[parameter][full.removeprefix(prefix)] = value
-        tensors = training_tensors(model, optimizer)
+        raise UserError(f"the checkpoint {path} is of another model: its {misfits[0]} is {stored.get(misfits[0])}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_load(tensors, storage_reader=reader)
+        dcp_load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint by the model's names, in host memory, by this process alone."""
+    reader = _Reader(path)
+    metadata = reader.read_metadata().state_dict_metadata
+    weights = {
+        name.removeprefix("model."): torch.empty(tensor.size)
+        for name, tensor in metadata.items()
+        if name.startswith("model.") and isinstance(tensor, TensorStorageMetadata)
+    }
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    dcp_load(tensors, storage_reader=reader, no_dist=True)
+    return weights
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -192,9 +307,9 @@ def damaged(path: Path) -> str | None:
     return None
 
 
-def _checksums(folder: Path) -> dict[str, list[Any]]:
+def _checksums(folder: Path, pattern: str = "*") -> dict[str, list[Any]]:
     sums: dict[str, list[Any]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob(pattern)):
         if path.name == "checksums.json":
             continue
         digest = xxhash.xxh3_128()
@@ -205,8 +320,16 @@ def _checksums(folder: Path) -> dict[str, list[Any]]:
     return sums
 
 
-def _shape(stored: Any) -> torch.Size | None:
-    return stored.size if isinstance(stored, TensorStorageMetadata) else None
+def _sync_and_sum(folder: Path, pattern: str) -> dict[str, list[Any]]:
+    """Flush the files of a pattern to the disk, and read them back for their checksums."""
+    for path in folder.glob(pattern):
+        sync(path)
+    return _checksums(folder, pattern)
+
+
+def _whole_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor on all ranks together."""
+    return tensor.numel() * tensor.element_size()
 
 
 class _Reader(FileSystemReader):

@@ -1,23 +1,48 @@
-"""What to run on: the device, its precision, and how many rows it takes at once."""
+"""What to run on: the device, its precision, and how the job is spread over devices."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
 from common.errors import UserError
-from models import budget
+from models import gpus
 from models.sizes import ModelConfig
+from train.engine import shard
+from train.launch import Place
+from train.plan import Fit, Machine, choose
 from train.settings import TrainSettings
 
+STEP_TIMEOUT = timedelta(minutes=20)
+"""The longest that ranks wait for each other within a step. Compiling takes minutes and not equally many on
+every node; a rank that hangs for longer is lost, and the job had better end and be started again."""
 
-def choose_precision(settings: TrainSettings) -> Any:
+ENVIRONMENT = {
+    # When a collective times out, write which one it was and which ranks had reached it.
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # The sizes of activations vary; segments that grow fragment less, so the memory plan holds.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""For NCCL and the allocator; what the user has set stays."""
+
+
+def prepare_environment() -> None:
+    """Set :data:`ENVIRONMENT`; CUDA reads it when it is first used."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def choose_precision(settings: TrainSettings, place: Place) -> Any:
     """32 or bf16: bf16 where the device has instructions for it, for elsewhere it is slower than fp32."""
     if settings.precision != "auto":
         return settings.precision
-    if choose_device(settings).type == "cuda":
+    if choose_device(settings, place).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -26,8 +51,8 @@ def choose_precision(settings: TrainSettings) -> Any:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
 
 
-def choose_device(settings: TrainSettings) -> torch.device:
-    """The device that ``--device`` asks for; UserError when it is not there."""
+def choose_device(settings: TrainSettings, place: Place) -> torch.device:
+    """This rank's device: the one that ``--device`` asks for; UserError when it is not there."""
     available = torch.cuda.device_count()
     name = settings.device if settings.device != "auto" else ("cuda" if available else "cpu")
     try:
@@ -36,9 +61,16 @@ def choose_device(settings: TrainSettings) -> torch.device:
         raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:0") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= available:
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= available:
         raise UserError(f"--device {name} is not there: torch sees {available} CUDA devices")
-    return device
+    if place.world_size == 1:
+        return torch.device("cuda", device.index or 0)
+    if place.devices > available:
+        hint = "; with SLURM ask for --gpus-per-node, not --gpus-per-task" if place.launcher == "slurm" else ""
+        raise UserError(f"{place.devices} processes a node need as many GPUs; torch sees {available}{hint}")
+    return torch.device("cuda", place.local_rank)
 
 
 def device_name(device: torch.device) -> str:
@@ -48,29 +80,81 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def make_fabric(settings: TrainSettings) -> Fabric:
-    """Fabric for one device, in resolved precision."""
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose another sum
-        torch.use_deterministic_algorithms(True)
-    device = choose_device(settings)
-    return Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+def choose_fit(settings: TrainSettings, config: ModelConfig, place: Place, device: torch.device) -> Fit:
+    """How to spread the run and how many rows to take at once: as asked for, the rest by the plan.
+
+    Raises:
+        UserError: the ranks cannot share the batch, or DeepSpeed is asked for Muon.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = gpus.here(properties.name, properties.total_memory)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        gpu = gpus.cpu(memory // place.devices)
+    assert settings.seq_len is not None
+    assert settings.batch_tokens is not None
+    return choose(
+        config,
+        Machine(gpu, place.devices, place.nodes),
+        rows=settings.batch_tokens // settings.seq_len,
+        seq_len=settings.seq_len,
+        precision=settings.precision,
+        optimizer=settings.optimizer.name,
+        compiled=compiles(settings, device),
+        strategy=settings.strategy,
+        checkpointing=settings.activation_checkpointing,
+        micro_rows=settings.micro_batch,
     )
 
 
-def fitting_rows(config: ModelConfig, rows: int, seq_len: int, device: torch.device) -> int:
-    """The most rows a forward pass that divide the batch and fit the device.
+def compiles(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether the model is compiled."""
+    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
-    On a CPU more than about 4,096 tokens gain nothing and leave the caches; on a GPU the activations may
-    take 70% of what weights, gradients and moments leave.
+
+def make_fabric(settings: TrainSettings, place: Place, strategy: str) -> Fabric:
+    """Fabric for this rank, launched: the ranks have met.
+
+    Args:
+        settings: with resolved precision.
+        place: of this process in its job.
+        strategy: anything but auto.
     """
-    divisors = [count for count in range(1, rows + 1) if rows % count == 0]
-    if device.type == "cuda":
-        room = 0.7 * (torch.cuda.get_device_properties(device).total_memory - budget.training_bytes(config))
-        fitting = [n for n in divisors if budget.activation_bytes(config, n, seq_len, 2) <= room]
-    else:
-        fitting = [n for n in divisors if n * seq_len <= 4096]
-    return max(fitting, default=1)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose another sum
+        torch.use_deterministic_algorithms(True)
+    device = choose_device(settings, place)
+    cuda = device.type == "cuda"
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=[device.index] if cuda and place.world_size == 1 else place.devices,
+        num_nodes=place.nodes,
+        strategy=_fabric_strategy(settings, place, strategy, cuda),
+        # Under FSDP2 the sharding itself computes in bf16 (train.engine.shard); elsewhere autocast does.
+        precision="bf16-mixed" if settings.precision == "bf16" and strategy not in ("fsdp", "hsdp") else "32-true",
+        plugins=[LightningEnvironment() if place.launcher == "alone" else TorchElasticEnvironment()],
+    )
+    fabric.launch()
+    return fabric
+
+
+def _fabric_strategy(settings: TrainSettings, place: Place, strategy: str, cuda: bool) -> Any:
+    # Host memory goes through gloo: checkpoints are written from there while NCCL works for the training.
+    common: dict[str, Any] = {
+        "process_group_backend": "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        "timeout": STEP_TIMEOUT,
+    }
+    if strategy.startswith("deepspeed"):
+        from train.deepspeed import make_strategy
+
+        return make_strategy(settings, strategy, cuda, common)
+    if strategy == "fsdp":
+        everywhere = shard(settings.precision, hybrid=False)
+        return ModelParallelStrategy(everywhere, place.world_size, 1, **common)
+    if strategy == "hsdp":
+        in_a_node = shard(settings.precision, hybrid=True)
+        return ModelParallelStrategy(in_a_node, place.nodes, place.devices, **common)
+    if place.world_size == 1:
+        return "auto"
+    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, **common)

@@ -1,27 +1,32 @@
 """The training loop: every stage that trains calls :func:`fit`.
 
 One step takes the next rows, accumulates gradients over micro-batches, clips, and lets the optimiser
-move. The loss is the mean over the targets of the whole global batch: each micro-batch adds its sum
-divided by that count, so accumulation changes nothing but rounding. Losses are read from the device only
-when they are logged, so the loop never waits for a step to finish.
+move. The loss is the mean over the targets of the whole global batch, on all ranks: each micro-batch adds its
+sum divided by that count, so neither accumulation nor the number of ranks changes anything but rounding.
+
+On a GPU the host runs one step ahead: what a step came to (loss, norm, whether it was skipped, who asks
+to stop) is read while the next one is computed. All ranks read the same figures of the same step, and so
+decide alike.
 """
 
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from common import signals
-from common.console import Console, duration
+from common.console import Console
 from common.errors import UserError
 from common.run_folder import RunFolder
 from data.packing import Batch
+from train.engine import Engine
+from train.meter import Meter, Outcome, Stopwatch
 
 
 class Batches(Protocol):
@@ -50,11 +55,7 @@ class Progress:
 class Training:
     """All that the loop works with."""
 
-    fabric: Fabric
-    model: Any
-    """A module, set up by Fabric."""
-    optimizer: Any
-    """Set up by Fabric."""
+    engine: Engine
     batches: Batches
     objective: Objective
     rate: Callable[[int, int], float]
@@ -64,7 +65,7 @@ class Training:
     tokens: int
     """The budget."""
     rows: int
-    """Rows in a global batch."""
+    """Rows in a global batch, over all ranks."""
     micro_rows: int
     """Rows in one forward pass of one device."""
     seq_len: int
@@ -76,13 +77,16 @@ class Training:
     """Called with the step; returns figures to log."""
     evaluate_every: int
     """Steps; 0 never."""
-    save: Callable[[Progress], Any]
+    save: Callable[[Progress, bool], Any]
+    """Called with how far the run is and whether to wait until the checkpoint is written."""
     save_every: int
     """Steps."""
     save_seconds: float = math.inf
     """A checkpoint is made after so long in any case."""
     save_at: Callable[[int], bool] = lambda step: False
     """Whether a step's checkpoint is made whatever ``save_every`` says."""
+    patience: int = 20
+    """Skipped steps in a row that end the run."""
     flops_per_token: float | None = None
     peak_flops: float | None = None
     """Of one device; None leaves MFU out."""
@@ -100,63 +104,143 @@ def fit(training: Training) -> signal.Signals | None:
 
     Returns:
         The signal that stopped the run, or None when it is finished.
+
+    Raises:
+        UserError: too many steps in a row were skipped.
     """
     t, progress = training, training.progress
-    meter = _Meter(training)
+    meter = Meter(t.run, t.console, t.engine.job, t.batch_tokens, t.tokens, t.flops_per_token, t.peak_flops)
+    steps = _Steps(training, meter)
     t.console.start(t.tokens, progress.tokens)
     first, last_save = progress.step + 1, time.monotonic()
-    stopped = t.stop_requested()
-    t.model.train()
+    stopped = steps.asked_already()
+    t.engine.model.train()
     try:
-        if stopped is None and progress.step and _evaluation_due(training) and not t.run.evaluated(progress.step):
+        evaluated = t.engine.job.broadcast(t.run.evaluated(progress.step))
+        if stopped is None and progress.step and _evaluation_due(training) and not evaluated:
             _evaluate(training, meter)  # the stop came first
         while progress.tokens < t.tokens and stopped is None:
-            rate = t.rate(progress.tokens, t.batch_tokens)
-            nll, count, norm = training_step(training, rate)
-            progress.step += 1
-            progress.tokens += t.batch_tokens
-            meter.add(nll, count, norm, rate)
-
+            steps.take(save_due=time.monotonic() - last_save > t.save_seconds)
+            steps.settle()
             finished = progress.tokens >= t.tokens
-            stopped = None if finished else t.stop_requested()
             if progress.step % t.log_every == 0 or progress.step == first or finished:
+                steps.settle_all()
                 meter.flush()
+            stopped = None if finished else steps.asked
             if _evaluation_due(training) and stopped is None:
+                steps.settle_all()
                 _evaluate(training, meter)
-            late = time.monotonic() - last_save > t.save_seconds
-            if progress.step % t.save_every == 0 or t.save_at(progress.step) or late or finished or stopped:
+            planned = progress.step % t.save_every == 0 or t.save_at(progress.step)
+            if planned or steps.save_due or finished or stopped:
+                steps.settle_all()
                 meter.flush()
                 with meter.paused():
-                    t.save(progress)
-                last_save = time.monotonic()
+                    t.save(progress, finished or stopped is not None)
+                last_save, steps.save_due = time.monotonic(), False
     finally:
         t.console.stop()
     return stopped
 
 
-def training_step(training: Training, rate: float) -> tuple[Tensor, int, Tensor]:
+class _Steps:
+    """The steps under way: those launched and those whose outcome is known."""
+
+    def __init__(self, training: Training, meter: Meter) -> None:
+        self._t, self._meter = training, meter
+        self._under_way: deque[Outcome] = deque()
+        self._ahead = 1 if training.engine.device.type == "cuda" else 0
+        self._skipped = 0
+        self._asked: signal.Signals | None = None
+        self.save_due = False
+        """Whether rank 0 finds a checkpoint due, agreed on by all."""
+
+    def take(self, *, save_due: bool) -> None:
+        """Launch a step."""
+        t, progress = self._t, self._t.progress
+        rate = t.rate(progress.tokens, t.batch_tokens)
+        watch = Stopwatch(t.engine.device)
+        save_due = save_due and t.engine.job.rank == 0  # clocks differ
+        figures = training_step(t, rate, asks=[*self._asks(), float(save_due)], watch=watch)
+        progress.step += 1
+        progress.tokens += t.batch_tokens
+        self._under_way.append(Outcome(progress.step, progress.tokens, rate, figures, watch))
+
+    def settle(self) -> None:
+        """Read the steps that have had time to be computed."""
+        while len(self._under_way) > self._ahead:
+            self._read(self._under_way.popleft())
+
+    def settle_all(self) -> None:
+        """Wait for every step."""
+        while self._under_way:
+            self._read(self._under_way.popleft())
+
+    @property
+    def asked(self) -> signal.Signals | None:
+        """The signal that asks to stop, the same on all ranks: what any of them had before a step that was read."""
+        return self._asked if self._t.engine.job.world_size > 1 else self._t.stop_requested()
+
+    def asked_already(self) -> signal.Signals | None:
+        """The same before the first step."""
+        job, device = self._t.engine.job, self._t.engine.device
+        return _asked(job.sum(torch.tensor(self._asks(), device=device)).tolist())
+
+    def _asks(self) -> list[float]:
+        received = self._t.stop_requested()
+        return [float(received == number) for number in signals.STOPPING]
+
+    def _read(self, outcome: Outcome) -> None:
+        _, _, norm, skipped, *asks, save_due = outcome.figures
+        self._meter.add(outcome)
+        self._asked, self.save_due = _asked(asks), save_due > 0
+        self._skipped = self._skipped + 1 if skipped else 0
+        if skipped:
+            self._t.console.warn(f"step {outcome.step:,} skipped: loss {outcome.loss:.4g}, gradient norm {norm:.4g}")
+        if self._skipped >= self._t.patience:
+            self._meter.flush()
+            raise UserError(
+                f"{self._skipped} steps in a row were skipped, the last with loss {outcome.loss:.4g} and gradient norm "
+                f"{norm:.4g}: training has diverged. The last good checkpoint is {_last_checkpoint(self._t.run)}; "
+                "go on from it in a new run with --init and a lower --optimizer.lr, or here with another --health.spike"
+            )
+
+
+def _asked(asks: list[float]) -> signal.Signals | None:
+    """The first of the stopping signals that any rank has had."""
+    return next((number for number, ask in zip(signals.STOPPING, asks, strict=True) if ask > 0), None)
+
+
+def training_step(training: Training, rate: float, asks: list[float], watch: Stopwatch) -> Tensor:
     """Take the next global batch and move the weights once.
 
+    Args:
+        training: the run.
+        rate: learning rate.
+        asks: what this rank has to say to the others; they get the sum over the ranks.
+        watch: takes this rank's own time, without the waiting for others.
+
     Returns:
-        Summed negative log-likelihood (on the device), number of targets, and gradient norm (on the device).
+        Number of targets, summed negative log-likelihood, gradient norm, 1.0 if the step was skipped, and
+        ``asks``, all over all ranks, fp64 on the device.
     """
-    t = training
-    batch = t.batches.take(t.rows)
-    count = batch.target_count
-    total = torch.zeros((), device=t.fabric.device)
-    micro_batches = list(_micro_batches(batch, t.micro_rows, t.fabric.device))
-    for group in t.optimizer.param_groups:
-        group["lr"] = rate
-    for number, micro_batch in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        with t.fabric.no_backward_sync(t.model, enabled=not last):
-            loss, nll = t.objective(t.model, micro_batch)
-            t.fabric.backward(loss / max(count, 1))
+    t, engine = training, training.engine
+    with watch.data():
+        batch = t.batches.take(t.rows)
+    told = torch.tensor([batch.target_count, *asks], dtype=torch.float64, device=engine.device)
+    engine.job.sum(told)
+    # Ranks' gradients are averaged, so each takes its loss times their number.
+    scale = (engine.job.world_size / told[0].clamp(min=1)).float()
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    micro_batches = list(_micro_batches(batch, t.micro_rows, engine.device))
+    for number, micro_batch in enumerate(micro_batches, 1):
+        with engine.micro_step(last=number == len(micro_batches)):
+            with watch.compute():
+                loss, nll = t.objective(engine.model, micro_batch)
+            engine.backward(loss * scale)
         total += nll
-    norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.clip if t.clip > 0 else float("inf"))
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    return total, count, norm
+    engine.job.sum(total)
+    norm, skipped = engine.update(rate, t.clip, total)
+    return torch.cat([told[:1], total[None], norm.double()[None], skipped.double()[None], told[1:]])
 
 
 def _micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -176,79 +260,20 @@ def _evaluation_due(training: Training) -> bool:
     return t.evaluate_every > 0 and (t.progress.step % t.evaluate_every == 0 or finished)
 
 
-def _evaluate(training: Training, meter: "_Meter") -> None:
+def _evaluate(training: Training, meter: Meter) -> None:
     t = training
     meter.flush()
     with meter.paused():
-        t.model.eval()
+        t.engine.model.eval()
         figures = t.evaluate(t.progress.step)
-        t.model.train()
+        t.engine.model.train()
     t.run.log({"step": t.progress.step, "tokens": t.progress.tokens, **figures})
     t.run.flush()
     shown = ", ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in figures.items())
     t.console.say(f"step {t.progress.step:,}  validation: {shown}")
 
 
-class _Meter:
-    """Collects the figures of steps and writes them out now and then."""
-
-    def __init__(self, training: Training) -> None:
-        self._t = training
-        self._steps: list[tuple[int, int, float, Tensor, int, Tensor]] = []
-        self._since = time.perf_counter()
-        self._paused = 0.0
-
-    def add(self, nll: Tensor, count: int, norm: Tensor, rate: float) -> None:
-        """Remember a step; nothing is read from the device yet."""
-        self._steps.append((self._t.progress.step, self._t.progress.tokens, rate, nll, count, norm))
-
-    def paused(self) -> "_Pause":
-        """A block whose time is no training time."""
-        return _Pause(self)
-
-    def flush(self) -> None:
-        """Write the steps since the last time, with the speed over them."""
-        if not self._steps:
-            return
-        t = self._t
-        # The only place where the loop waits for the device.
-        nlls = torch.stack([step[3].detach() for step in self._steps]).tolist()
-        norms = torch.stack([step[5].detach().to(torch.float32) for step in self._steps]).tolist()
-        for (step, *_), nll, norm in zip(self._steps, nlls, norms, strict=True):
-            if not (math.isfinite(nll) and math.isfinite(norm)):
-                raise UserError(
-                    f"the loss of step {step} is {nll}, its gradient norm {norm}: training has diverged. The "
-                    f"checkpoints in {t.run.checkpoints} are from before; try a lower --optimizer.lr"
-                )
-        elapsed = time.perf_counter() - self._since - self._paused
-        speed = len(self._steps) * t.batch_tokens / elapsed
-        mfu = None
-        if t.flops_per_token and t.peak_flops:
-            mfu = speed * t.flops_per_token / (t.peak_flops * t.fabric.world_size)
-        for (step, tokens, rate, _, count, _), nll, norm in zip(self._steps, nlls, norms, strict=True):
-            record = {"step": step, "tokens": tokens, "loss": nll / max(count, 1), "lr": rate, "grad_norm": norm}
-            t.run.log({**record, "tokens_per_s": round(speed, 1), **({} if mfu is None else {"mfu": round(mfu, 4)})})
-        t.run.flush()
-        losses = [nll / max(step[4], 1) for step, nll in zip(self._steps, nlls, strict=True)]
-        status = {
-            "step": f"{t.progress.step:,}",
-            "loss": f"{sum(losses) / len(losses):.3f}",
-            "tok/s": f"{speed:,.0f}",
-            "MFU": "n/a" if mfu is None else f"{mfu:.1%}",
-            "lr": f"{self._steps[-1][2]:.2e}",
-            "left": duration(max(0, t.tokens - t.progress.tokens) / speed),
-        }
-        t.console.progress(min(t.progress.tokens, t.tokens), t.tokens, status)
-        self._steps.clear()
-        self._since, self._paused = time.perf_counter(), 0.0
-
-
-class _Pause:
-    def __init__(self, meter: _Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._meter._paused += time.perf_counter() - self._began
+def _last_checkpoint(run: RunFolder) -> str:
+    """The newest checkpoint, for a message."""
+    newest = max(run.checkpoints.glob("step-*"), default=None)
+    return str(newest) if newest is not None else "none yet"

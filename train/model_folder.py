@@ -6,12 +6,11 @@ from typing import Any
 
 from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
-from common.settings import to_dict
 from data.sources import Corpus
 from data.tokenizer import Tokenizer
 from models.hf import write_model
-from models.sizes import ModelConfig
-from models.transformer import Transformer
+from models.hf_config import read_config
+from train import checkpoint
 from train.settings import TrainSettings
 
 
@@ -37,34 +36,29 @@ def _seen_before(init: str | None) -> list[dict[str, Any]]:
     return [] if init is None else [{"stage": "unknown", "from": init}]
 
 
-def write_model_folder(
-    folder: Path,
-    model: Transformer,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    settings: TrainSettings,
-    steps: int,
-    tokens: int,
-    data: list[dict[str, Any]],
-    bad_shards: list[str],
-) -> None:
-    """Write weights, configuration, tokenizer and ``palmtop.json``, replacing an older folder in one step.
+def write_model_folder(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
+    """Make a checkpoint a model folder: weights, configuration, tokenizer and ``palmtop.json``.
 
-    ``palmtop.json`` names all of ``data`` (see :func:`data_seen`), so that it can be told later whether a
-    model stayed within a competition's rules.
+    An older folder is replaced in one step. However the checkpoint is sharded, one process reads it; it
+    needs host memory for the fp32 weights. ``palmtop.json`` names all of the data (see :func:`data_seen`),
+    so that it can be told later whether a model stayed within a competition's rules.
     """
+    state, config = checkpoint.read_state(path), read_config(path)
     record = {
         "stage": "pretrain",
         "command": command(),
         "git": git_commit(),
-        "tokens": tokens,
-        "steps": steps,
-        "data": data,
-        "damaged_shards_passed_over": bad_shards,
-        "parent": settings.init,
-        "settings": to_dict(settings),
+        "tokens": state["tokens"],
+        "steps": state["step"],
+        "data": state["data"],
+        "damaged_shards_passed_over": state["loader"]["bad_shards"],
+        "parent": state["settings"]["init"],
+        "settings": state["settings"],
     }
+    weights = checkpoint.read_weights(path)
+    if config.tied:
+        weights["head.weight"] = weights["embedding.weight"]
     with new_folder(folder) as temporary:
-        write_model(model.state_dict(), config, temporary, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
+        write_model(weights, config, temporary, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
         tokenizer.copy_to(temporary)
         write_json(temporary / "palmtop.json", record)

@@ -8,30 +8,43 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from common.console import Console
+from common.distributed import Job
 from common.errors import UserError
-from common.files import cache_folder, new_folder, require_space
+from common.files import cache_folder, gigabytes, new_folder, require_space
 from common.run_folder import RunFolder
 from common.settings import to_dict, to_yaml
-from data.loader import Loader, Order
+from data.loader import Loader, Order, merge_states
 from data.packing import Batch, make_batch
 from data.prepared import PreparedSource
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, bytes_per_token, find_tokenizer, sample_texts, train_tokenizer
 from models import budget
-from models.hf import load_into
+from models.hf import read_state
 from models.hf_config import to_config
 from models.sizes import ModelConfig
-from models.transformer import Transformer
+from models.transformer import Transformer, initial_weight
 from train import checkpoint
 from train.checkpoint import Checkpoints
-from train.device import choose_precision, device_name, fitting_rows, make_fabric
+from train.device import (
+    choose_device,
+    choose_fit,
+    choose_precision,
+    compiles,
+    device_name,
+    make_fabric,
+    prepare_environment,
+)
+from train.engine import Engine, Values, make_engine
 from train.evaluate import Evaluator
+from train.launch import Place
 from train.loop import Progress, Training, fit
 from train.model_folder import data_seen, write_model_folder
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizers
+from train.plan import Fit, warn_if_too_big
 from train.resume import Origin, adopt_stored, find_origin, stored_shape
 from train.schedule import Schedule
 from train.settings import TrainSettings, model_config, resolve, run_path
@@ -58,62 +71,92 @@ class PackedRows:
         return self.loader.state()
 
 
-def pretrain(settings: TrainSettings) -> signal.Signals | None:
+def pretrain(settings: TrainSettings, place: Place) -> signal.Signals | None:
     """Train a model from text; returns the signal that stopped it, or None when it is finished.
+
+    Args:
+        settings: as given; resolved here.
+        place: of this process in its job. Every rank calls this with the same settings.
 
     Raises:
         UserError: anything that the user can put right.
     """
-    run = RunFolder(run_path(settings))
+    prepare_environment()
+    run = RunFolder(run_path(settings), writes=place.rank == 0)
+    # Read by all ranks before any of them writes.
+    settings = adopt_stored(settings, run)
+    config = stored_shape(settings, run) or model_config(settings)
+    settings = replace(resolve(settings, config, place.world_size), precision=choose_precision(settings, place))
+    device = choose_device(settings, place)
+    fit_plan = choose_fit(settings, config, place, device)
+    fabric = make_fabric(settings, place, fit_plan.strategy)
+    job = Job.of_all()
+    settings, config, fit_plan = job.broadcast((settings, config, fit_plan))
     with run.claimed():
-        new = {path.name for path in run.path.iterdir()} == {".lock"}  # nothing of anybody's is in it
+        new = run.writes and {path.name for path in run.path.iterdir()} == {".lock"}  # nothing of anybody's is in it
         try:
-            return _pretrain(settings, run, Console())
+            return _pretrain(settings, config, fit_plan, fabric, job, run, Console(rank=place.rank))
         except UserError:
             if new and not run.has_steps():
                 shutil.rmtree(run.path)  # training never began
             raise
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory is used up; give a smaller --micro-batch ({error})") from error
+            raise UserError(
+                f"the GPU's memory is used up with --micro-batch {fit_plan.micro_rows}; give a smaller one, or "
+                f"--activation-checkpointing full ({error})"
+            ) from error
 
 
-def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> signal.Signals | None:
-    # Settings, and where the weights come from
-    settings = adopt_stored(settings, run)
-    config = stored_shape(settings, run) or model_config(settings)
-    settings = replace(resolve(settings, config), precision=choose_precision(settings))
-    origin = find_origin(settings, run, console.warn)
+def _pretrain(
+    settings: TrainSettings,
+    config: ModelConfig,
+    fit_plan: Fit,
+    fabric: Fabric,
+    job: Job,
+    run: RunFolder,
+    console: Console,
+) -> signal.Signals | None:
+    # Where the weights come from
+    origin = job.broadcast(find_origin(settings, run, console.warn) if job.rank == 0 else Origin())
     state = {} if origin.checkpoint is None else checkpoint.read_state(origin.checkpoint)
     progress = Progress(state.get("step", 0), state.get("tokens", 0))
-    _check_room(config, run)
+    if job.rank == 0:
+        _check_room(config, run)
     console.settings(f"run {run.path}", to_dict(settings))
+    too_big = warn_if_too_big(fit_plan)
+    if too_big is not None:
+        console.warn(too_big)
 
-    # Data
-    corpus = Corpus.open(settings.data)
-    fingerprints = {source.name: source.fingerprint for source in corpus.sources}
-    if state and state["fingerprints"] != fingerprints:
-        raise UserError(f"the shards of {settings.data} are not those the run began with; put them back, or start anew")
-    tokenizer = _tokenizer(settings, config, corpus, run, origin, console)
+    # Data: rank 0 first, for it fills the caches and trains the tokenizer
+    with job.rank_zero_first():
+        corpus = Corpus.open(settings.data)
+        fingerprints = {source.name: source.fingerprint for source in corpus.sources}
+        if state and state["fingerprints"] != fingerprints:
+            raise UserError(
+                f"the shards of {settings.data} are not those the run began with; put them back, or start anew"
+            )
+        tokenizer = _tokenizer(settings, config, corpus, run, origin, console)
 
     # Model
-    fabric = make_fabric(settings)
     device = fabric.device
-    raw = Transformer(config, settings.seed)
-    if settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"):
-        raw.compile_parts()
-    model = fabric.setup_module(raw)
-    plain_optimizer = make_optimizer(raw, settings.optimizer)
-    optimizer = fabric.setup_optimizers(plain_optimizer)
-    _load_weights(origin, raw, plain_optimizer, console)
+    engine = make_engine(
+        fabric,
+        job,
+        build=lambda: _build(config, settings, fit_plan, device),
+        values=_first_values(origin, config, settings.seed),
+        make_optimizers=lambda raw: make_optimizers(raw, settings.optimizer, settings.precision),
+        spike=settings.health.spike,
+    )
+    _load_weights(origin, engine, console)
 
     # What the loop calls
     batch_tokens, seq_len, tokens = known(settings.batch_tokens), known(settings.seq_len), known(settings.tokens)
     rows = batch_tokens // seq_len
-    micro_rows = settings.micro_batch or state.get("micro_rows") or fitting_rows(config, rows, seq_len, device)
-    workers = _workers(settings, corpus, device)
+    micro_rows = _micro_rows(settings, state, fit_plan, rows // job.world_size)
+    workers = _workers(settings, corpus, device, job.world_size)
     order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
-    evaluate = Evaluator(settings, corpus, tokenizer, model, run, console, micro_rows, device)
-    loader = Loader(order, workers=workers, state=state.get("loader"))
+    evaluate = Evaluator(settings, corpus, tokenizer, engine.model, run, console, micro_rows, device, job)
+    loader = Loader(order, workers=workers, rank=job.rank, world_size=job.world_size, state=state.get("loader"))
     schedule = Schedule.of(settings)
     decay_step = schedule.decay_start // batch_tokens
     data = data_seen(settings, corpus, state)
@@ -121,33 +164,32 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
     def keep_for_good(step: int) -> bool:
         return step == decay_step or (settings.keep_every is not None and step % settings.keep_every == 0)
 
-    checkpoints = Checkpoints(run.checkpoints, settings.checkpoint.keep, keep_for_good)
+    checkpoints = Checkpoints(run.checkpoints, settings.checkpoint.keep, keep_for_good, Job.of_all())
 
     def objective(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         loss, nll = module(batch["inputs"], batch["positions"], batch["targets"], settings.model.z_loss)
         return loss, nll
 
-    def save(at: Progress) -> None:
+    def save(at: Progress, wait: bool) -> None:
         values = {
             "tokens": at.tokens,
-            "loader": loader.state(),
+            "loader": merge_states(job.gather(loader.state())),
             "micro_rows": micro_rows,
             "fingerprints": fingerprints,
             "data": data,
             "settings": to_dict(settings),
         }
         shape = to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
-        checkpoints.save(at.step, checkpoint.training_tensors(raw, plain_optimizer), values, shape)
-        if loader.bad_shards:
-            names = ", ".join(sorted(loader.bad_shards))
-            console.warn(f"{len(loader.bad_shards)} damaged shards passed over so far: {names}")
+        wait = wait or not engine.asynchronous
+        checkpoints.save(at.step, engine.tensors(), values, shape, wait=wait)
+        if values["loader"]["bad_shards"]:
+            names = ", ".join(values["loader"]["bad_shards"])
+            console.warn(f"{len(values['loader']['bad_shards'])} damaged shards passed over so far: {names}")
 
     peak = budget.peak_flops(device_name(device)) if device.type == "cuda" else None
     flops = budget.flops_per_token(config, seq_len)
     training = Training(
-        fabric=fabric,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         batches=PackedRows(loader, tokenizer.end),
         objective=objective,
         rate=schedule.rate,
@@ -165,6 +207,7 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
         save_every=known(settings.checkpoint.every),
         save_seconds=60 * settings.checkpoint.minutes,
         save_at=keep_for_good,
+        patience=settings.health.patience,
         flops_per_token=flops,
         peak_flops=peak,
         progress=progress,
@@ -175,9 +218,11 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
         {
             "parameters": f"{budget.parameters(config).total:,}",
             "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in sources),
-            "batch": f"{batch_tokens:,} tokens = {rows} rows of {seq_len}, {micro_rows} a forward pass",
+            "batch": f"{batch_tokens:,} tokens = {rows} rows of {seq_len}, {micro_rows} a forward pass of a device",
             "steps": f"{math.ceil(tokens / batch_tokens):,}, starting after {progress.step:,}",
-            "device": f"{device_name(device)}, {settings.precision}, {workers} data workers",
+            "devices": f"{job.world_size} × {device_name(device)}, {settings.precision}, {workers} data workers each",
+            "strategy": f"{fit_plan.strategy}, activation checkpointing {fit_plan.checkpointing}, "
+            f"{gigabytes(fit_plan.memory.total)} a device by the plan",
             "FLOPs per token": f"{flops / 1e6:,.0f} M = 6·(parameters without input embedding) + 12·L·H·N·T; "
             + (f"MFU against {peak / 1e12:,.0f} TFLOP/s dense bf16" if peak else "no peak is known, so no MFU"),
         },
@@ -185,21 +230,23 @@ def _pretrain(settings: TrainSettings, run: RunFolder, console: Console) -> sign
     _warn_of_decay(state, settings, run, console)
 
     # Train. Only from here on is anything of an earlier attempt changed.
-    if origin.checkpoint is not None:
-        checkpoints.set_aside_after(progress.step)
-    run.rewind(progress.step if origin.checkpoint is not None else -1)
-    run.begin(to_yaml(settings))
+    if job.rank == 0:
+        if origin.checkpoint is not None:
+            checkpoints.set_aside_after(progress.step)
+        run.rewind(progress.step if origin.checkpoint is not None else -1)
+        run.begin(to_yaml(settings))
     run.start_metrics(progress.step, progress.tokens, tensorboard=settings.log.tensorboard)
+    job.barrier()
     try:
         stopped = fit(training)
+        checkpoints.wait()
     finally:
         loader.close()
+        checkpoints.close()
         run.close()
-    if progress.step:
-        bad_shards = sorted(loader.bad_shards)
-        write_model_folder(
-            run.model, raw, config, tokenizer, settings, progress.step, progress.tokens, data, bad_shards
-        )
+    if progress.step and job.rank == 0:
+        write_model_folder(run.model, run.checkpoints / f"step-{progress.step:07d}", tokenizer)
+    job.barrier()
     if stopped is None:
         console.say(f"trained on {progress.tokens:,} tokens in {progress.step:,} steps")
         console.say(f"model: {run.model}\nlook:  tensorboard --logdir {run.path}")
@@ -277,25 +324,63 @@ def _tokenizer(
     return Tokenizer(run.tokenizer)
 
 
-def _load_weights(origin: Origin, raw: Transformer, optimizer: torch.optim.Optimizer, console: Console) -> None:
-    """Load what the run starts from; nothing for a new one."""
+def _build(config: ModelConfig, settings: TrainSettings, fit_plan: Fit, device: torch.device) -> Transformer:
+    """The model without weights."""
+    raw = Transformer(config, seed=None)
+    raw.checkpointing = fit_plan.checkpointing
+    if compiles(settings, device):
+        raw.compile_parts()
+    return raw
+
+
+def _first_values(origin: Origin, config: ModelConfig, seed: int) -> Values:
+    """The weights that a run starts from: drawn by the seed, or those of a model folder.
+
+    Those of a checkpoint are read later, each rank its part.
+    """
+    if origin.init is None or (origin.init / "state.json").exists():
+        return lambda name, shape: initial_weight(name, shape, config, seed)
+    weights, folder = read_state(origin.init, config), origin.init
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if weights[name].shape != shape:
+            raise UserError(
+                f"the weights of {folder} do not have the shapes of its config.json: {name} is "
+                f"{tuple(weights[name].shape)}, expected {tuple(shape)}"
+            )
+        return weights[name]
+
+    return value
+
+
+def _load_weights(origin: Origin, engine: Engine, console: Console) -> None:
+    """Read what the run goes on from; nothing for a new one."""
+    group = engine.job.group
     if origin.checkpoint is not None:
-        checkpoint.load(origin.checkpoint, raw, optimizer)
+        checkpoint.load(origin.checkpoint, engine.tensors_to_load, verified=origin.verified, group=group)
+        engine.loaded()
         console.say(f"going on from {origin.checkpoint}")
     elif origin.init is not None:
         if (origin.init / "state.json").exists():
-            checkpoint.load(origin.init, raw, None)
-        else:
-            load_into(raw, origin.init)
+            checkpoint.load(origin.init, lambda stored: engine.weights(), group=group)
+            engine.loaded()
         console.say(f"starting from the weights of {origin.init}")
 
 
-def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device) -> int:
+def _micro_rows(settings: TrainSettings, state: dict[str, Any], fit_plan: Fit, share: int) -> int:
+    """Rows in a forward pass: as asked for, else as before if that divides a rank's share, else by the plan."""
+    before = state.get("micro_rows")
+    if settings.micro_batch is None and before is not None and share % before == 0:
+        return int(before)
+    return fit_plan.micro_rows
+
+
+def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device, world: int) -> int:
     """As asked for; by default none on a CPU, whose cores the model needs, and none for prepared data."""
     if settings.loader.workers is not None:
         return settings.loader.workers
     if device.type == "cpu" or all(isinstance(source, PreparedSource) for source in corpus.sources):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(8, max(1, cores - 1))
-    return max(count for count in range(1, wanted + 1) if settings.loader.streams % count == 0)
+    wanted = min(8, max(1, cores // torch.cuda.device_count() - 1))
+    return max((count for count in range(1, wanted + 1) if settings.loader.streams % (world * count) == 0), default=0)

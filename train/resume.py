@@ -28,6 +28,8 @@ class Origin:
     """Go on from here: weights, optimiser, data."""
     init: Path | None = None
     """Take the weights alone."""
+    verified: bool = False
+    """The checkpoint's files have been compared with their checksums."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -81,7 +83,10 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
             raise UserError(
                 f"the run {run.path} has checkpoints of its own; choose another --run to go on from {asked}"
             )
-        return Origin(checkpoint=asked)
+        damage = checkpoint.damaged(asked)
+        if damage is not None:
+            raise UserError(f"the checkpoint {asked} is damaged: {damage}")
+        return Origin(checkpoint=asked, verified=True)
     if checkpoints.steps():
         if settings.resume == "never":
             raise UserError(f"the run {run.path} exists; leave --resume out to go on with it, or choose another --run")
@@ -91,7 +96,7 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
                 f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run, "
                 "or from weights that you have with --init"
             )
-        return Origin(checkpoint=newest)
+        return Origin(checkpoint=newest, verified=True)
     if stored is None:
         shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
     return Origin(init=Path(settings.init) if settings.init else None)

@@ -6,7 +6,7 @@ Imports neither torch nor lightning: ``--help`` reads this module.
 import datetime
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from data.settings import LoaderSettings, Mix
 from models import budget
 from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
-
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -54,7 +53,7 @@ class OptimizerSettings:
     momentum: float = 0.95
     """Muon's decay of the mean of gradients (Nesterov)."""
     newton_schulz: Literal["auto", "bf16", "32"] = "auto"
-    """Precision in which muon orthogonalises. Default: bf16 where the device multiplies it natively."""
+    """Precision in which muon orthogonalises. Default: the run's."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
@@ -173,7 +172,7 @@ class TrainSettings:
     device: str = field(default="auto", metadata=MAY_CHANGE)
     """auto, cpu, cuda or cuda:N."""
     devices: int | None = field(default=None, metadata=MAY_CHANGE)
-    """Processes on a node, each with a GPU of its own (or a share of the CPU). Default: torchrun's or SLURM's, else 1."""
+    """Processes on a node, each with a GPU (or a share of the CPU). Default: torchrun's or SLURM's, else 1."""
     nodes: int | None = field(default=None, metadata=MAY_CHANGE)
     """Machines. Default: torchrun's or SLURM's, else 1."""
     strategy: Strategy = field(default="auto", metadata=MAY_CHANGE)
@@ -232,6 +231,11 @@ class TrainCommand(TrainSettings):
     """With --plan: price of a GPU-hour in dollars."""
 
 
+def run_settings(command: TrainCommand) -> TrainSettings:
+    """The settings of the run that a command asks for."""
+    return TrainSettings(**{field.name: getattr(command, field.name) for field in fields(TrainSettings)})
+
+
 def model_config(settings: TrainSettings) -> ModelConfig:
     """The shape to train: the size's, or with ``--init`` that of the given weights.
 
@@ -258,25 +262,37 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     return config
 
 
-def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
+def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> TrainSettings:
     """Fill in every default that follows from the shape and the budget.
 
+    Args:
+        settings: as given.
+        config: the shape.
+        world: devices that share the batch.
+
     Raises:
-        UserError: the batch does not divide into rows, or the rows into micro-batches.
+        UserError: the batch does not divide into rows, the rows among the devices or into micro-batches; muon
+            is asked for under DeepSpeed.
     """
+    if settings.optimizer.name == "muon" and settings.strategy.startswith("deepspeed"):
+        raise UserError(
+            f"muon needs whole matrices, which --strategy {settings.strategy} cuts into pieces; use --strategy fsdp, "
+            "or --optimizer.name adamw"
+        )
     tokens = settings.tokens or Count(budget.default_tokens(config))
     seq_len = settings.seq_len or Count(config.context)
-    batch = settings.batch_tokens or Count(max(1, round(default_batch_tokens(tokens) / seq_len)) * seq_len)
+    rows = max(1, round(default_batch_tokens(tokens) / seq_len / world)) * world
+    batch = settings.batch_tokens or Count(rows * seq_len)
     if batch % seq_len:
         below = batch // seq_len * seq_len
         choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
         raise UserError(f"--batch-tokens {batch} is not a whole number of rows of {seq_len} tokens; use {choices}")
-    rows = batch // seq_len
-    if settings.micro_batch is not None and rows % settings.micro_batch:
-        near = min((d for d in range(1, rows + 1) if rows % d == 0), key=lambda d: abs(d - settings.micro_batch))  # type: ignore[operator]
+    share = share_of_rows(batch, seq_len, world)
+    if settings.micro_batch is not None and share % settings.micro_batch:
+        near = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - settings.micro_batch))  # type: ignore[operator]
         raise UserError(
-            f"a batch of {batch} tokens is {rows} rows of {seq_len}, which --micro-batch {settings.micro_batch} "
-            f"does not divide; use {near}"
+            f"a batch of {batch} tokens gives each of {world} devices {share} rows of {seq_len}, which --micro-batch "
+            f"{settings.micro_batch} does not divide; use {near}"
         )
     steps = math.ceil(tokens / batch)
     schedule = settings.schedule
@@ -304,6 +320,19 @@ def resolve(settings: TrainSettings, config: ModelConfig) -> TrainSettings:
         eval=replace(settings.eval, every=every, tokens=held_out),
         checkpoint=replace(settings.checkpoint, every=save),
     )
+
+
+def share_of_rows(batch_tokens: int, seq_len: int, world: int) -> int:
+    """Rows of a global batch that each device gets; UserError with the nearest batches when it is no whole number."""
+    rows = batch_tokens // seq_len
+    if rows % world:
+        below = rows // world * world
+        near = " or ".join(str(count * seq_len) for count in (below, below + world) if count)
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is {rows} rows of {seq_len}, which {world} devices cannot share evenly; "
+            f"use a number of devices that divides the rows, or --batch-tokens {near}"
+        )
+    return rows // world
 
 
 def default_batch_tokens(tokens: int) -> int:

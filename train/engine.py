@@ -1,0 +1,189 @@
+"""A model on its devices, ready to train: one device, DDP or FSDP2 (full or hybrid shards).
+
+DeepSpeed's ZeRO is in train/deepspeed.py. The loop, the checkpoints and the evaluation use either through
+the few methods of :class:`Engine` and do not ask which it is.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from common.distributed import Job
+from train.health import Guard
+
+Values = Callable[[str, torch.Size], Tensor]
+"""The value of a parameter, by its name and whole shape."""
+
+MakeOptimizers = Callable[[nn.Module], list[Optimizer]]
+
+
+class Engine:
+    """A model under one device, DDP or FSDP2.
+
+    Args:
+        fabric: launched.
+        job: the ranks.
+        build: makes the model; under FSDP2 on the meta device, so that no rank ever holds all of it.
+        values: the weights to start from.
+        make_optimizers: called with the model once it is on its devices (and sharded): an optimiser made
+            earlier would go on with parameters that are no longer the model's.
+        spike: see :class:`train.health.Guard`.
+    """
+
+    asynchronous = True
+    """Whether :meth:`tensors` may be copied and written while training goes on."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        job: Job,
+        build: Callable[[], nn.Module],
+        values: Values,
+        make_optimizers: MakeOptimizers,
+        spike: float,
+    ) -> None:
+        self.fabric, self.job, self.device = fabric, job, fabric.device
+        self.guard = Guard(spike, fabric.device)
+        self.raw, self.model, self.optimizers = self._set_up(build, values, make_optimizers)
+
+    def _set_up(
+        self, build: Callable[[], nn.Module], values: Values, make_optimizers: MakeOptimizers
+    ) -> tuple[nn.Module, Any, list[Optimizer]]:
+        sharded = isinstance(self.fabric.strategy, ModelParallelStrategy)
+        with torch.device("meta"):
+            raw = build()
+        if not sharded:
+            raw.to_empty(device=self.device)
+            fill(raw, values)
+        model = self.fabric.setup_module(raw)
+        if sharded:
+            fill(raw, values)
+        return raw, model, make_optimizers(raw)
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        """A block for forward and backward of a micro-batch; gradients are exchanged in the last one."""
+        return self.fabric.no_backward_sync(self.model, enabled=not last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, added to those that are there."""
+        self.fabric.backward(loss)
+
+    def update(self, rate: float, clip: float, nll: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, decide, and move the weights.
+
+        Args:
+            rate: learning rate.
+            clip: largest global gradient norm; 0 does not clip.
+            nll: of the step, over all ranks.
+
+        Returns:
+            The norm before clipping, and 1.0 where the step was skipped; on the device.
+        """
+        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), clip if clip > 0 else float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skip = self.guard.check(nll, norm)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm, skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training depends on, by name: ``model.NAME``, ``optimizer.NAME.KEY``, ``guard.KEY``."""
+        return self.weights() | self._moments() | self.guard.tensors()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as ``model.NAME``."""
+        return {f"model.{name}": parameter.detach() for name, parameter in self.raw.named_parameters()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self.raw.named_parameters()
+            for optimizer in self.optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def tensors_to_load(self, stored: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """The tensors that a checkpoint with ``stored`` names and shapes is read into.
+
+        The optimiser's state does not exist before its first step: it is made here, like the parameter
+        where it has the parameter's shape, else whole on every rank.
+        """
+        for name, parameter in self.raw.named_parameters():
+            owner = next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
+            prefix = f"optimizer.{name}."
+            for full in (known for known in stored if known.startswith(prefix)):
+                like = stored[full] == parameter.shape
+                # A step count is on the parameter's device, where fused AdamW keeps it.
+                value = torch.zeros_like(parameter) if like else torch.zeros(stored[full], device=self.device)
+                owner.state[parameter][full.removeprefix(prefix)] = value.detach()
+        return {name: tensor for name, tensor in self.tensors().items() if name in stored}
+
+    def loaded(self) -> None:
+        """Called when the tensors of a checkpoint have been read."""
+
+
+def make_engine(
+    fabric: Fabric,
+    job: Job,
+    *,
+    build: Callable[[], nn.Module],
+    values: Values,
+    make_optimizers: MakeOptimizers,
+    spike: float,
+) -> Engine:
+    """The engine for a strategy of Fabric's; arguments as :class:`Engine`."""
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        from train.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(fabric, job, build, values, make_optimizers, spike)
+    return Engine(fabric, job, build, values, make_optimizers, spike)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Values) -> None:
+    """Give every parameter its value; of a sharded one each rank keeps its part, and nothing is sent."""
+    for name, parameter in model.named_parameters():
+        value = values(name, parameter.shape)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+        else:
+            parameter.copy_(value)
+
+
+def shard(precision: str, *, hybrid: bool) -> Callable[[Any, DeviceMesh], Any]:
+    """What :class:`ModelParallelStrategy` calls to shard a model that is on the meta device.
+
+    Each block is a unit that is gathered before and freed after its use; embedding, last norm and head
+    are one more, which stays gathered from forward to backward. Under bf16 the gathered weights are bf16 and
+    gradients are summed in fp32 (FSDP2's mixed precision), which halves what is sent.
+
+    Args:
+        precision: ``32`` or ``bf16``.
+        hybrid: shard over the devices of a node and replicate over nodes (HSDP), rather than over all.
+    """
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
+
+    def parallelize(module: Any, mesh: DeviceMesh) -> Any:
+        over = mesh if hybrid else mesh["data_parallel"]
+        for block in module.blocks:
+            fully_shard(block, mesh=over, mp_policy=policy)
+        fully_shard(module, mesh=over, mp_policy=policy)
+        module.to_empty(device=mesh.device_type if mesh.device_type == "cpu" else torch.cuda.current_device())
+        return module
+
+    return parallelize
