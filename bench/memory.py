@@ -1,22 +1,26 @@
 """The plan's memory against what PyTorch holds, in one process.
 
-    python bench/memory.py                                     # tiny on this CPU: what autograd keeps
+    python bench/memory.py                                     # tiny on this CPU
     python bench/memory.py --size 125m --rows 16 --seq-len 2048 --device cuda
     python bench/memory.py --size 1b --rows 4 --device cuda --checkpointing selective --compile off
 
-On CUDA: the peak (torch.cuda.max_memory_allocated) of steps of two micro-batches each, so that gradients are
-there while the second goes forward, as the plan has it; the first steps, in which compilation and the
-optimiser's state arise, do not count. On a CPU, which has no such counter: the bytes that autograd keeps from
-the forward to the backward pass. Rows are packed with four documents each.
+The peak of steps of two micro-batches each, so that gradients are there while the second goes forward, as the
+plan has it; the first steps, in which compilation and the optimiser's state arise, do not count. On CUDA it
+is torch.cuda.max_memory_allocated, on a CPU it is summed from the allocations that torch's profiler saw. On a
+CPU also the bytes that autograd keeps from the forward to the backward pass. Rows are packed with four
+documents each.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
@@ -66,21 +70,43 @@ class Trial:
         return total / tokens.numel()
 
 
-def measure_peak(trial: Trial, steps: int) -> tuple[int, int]:
-    """Bytes at the peak of the steps after the first, allocated and reserved."""
+def make_step(trial: Trial) -> Callable[[], None]:
+    """A step of two micro-batches, warmed up."""
     model = trial.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+
+    def step() -> None:
         for _ in range(MICRO_BATCHES):
             trial.loss(model).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(WARM_UP):
+        step()
+    return step
+
+
+def measure_cuda(trial: Trial, steps: int) -> tuple[int, int]:
+    """Bytes at the peak of the steps, allocated and reserved."""
+    step = make_step(trial)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def measure_cpu(trial: Trial) -> int:
+    """Bytes at the peak of a step: weights and optimiser, and the most that was allocated beyond them."""
+    step = make_step(trial)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    plan = trial.plan()
+    return plan.weights + plan.optimizer + max(live)
 
 
 def measure_saved(trial: Trial) -> int:
@@ -157,11 +183,12 @@ def main() -> None:
     print("plan: " + ", ".join(f"{name} {value / 1e9:.4f}" for name, value in vars(plan).items()) + " GB\n")
     print(f"{'GB':<24} {'measured':>10} {'planned':>10} {'plan / it':>10}")
     if trial.device == "cuda":
-        allocated, reserved = measure_peak(trial, args.steps)
+        allocated, reserved = measure_cuda(trial, args.steps)
         show("peak allocated", allocated, plan.total)
         show("peak reserved", reserved, plan.total)
     else:
         kept = budget.head_kept_bytes(job.config, trial.rows * job.seq_len, job.value_bytes)
+        show("peak allocated", measure_cpu(trial), plan.total)
         show("kept for the backward", measure_saved(trial), plan.activations + kept)
 
 

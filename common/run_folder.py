@@ -21,6 +21,9 @@ from common.files import exclusive, readable_disk_errors, sweep, write_json, wri
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "deepspeed")
 
+COMMIT_FILE = "COMMIT"
+"""In a copy of the code: the commit it was copied from."""
+
 
 class RunFolder:
     """A run's folder and its metrics.
@@ -166,8 +169,14 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, ``-dirty`` when files differ from it, or None outside a checkout."""
+    """The checkout's commit, ``-dirty`` when files differ from it, or None outside a checkout.
+
+    A copy of the code has it in :data:`COMMIT_FILE`; the checkout that the copy may lie in has moved on.
+    """
     here = Path(__file__).parent
+    recorded = here.parent / COMMIT_FILE
+    if recorded.exists():
+        return recorded.read_text(encoding="utf-8").strip() or None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -248,16 +248,21 @@ def head_kept_bytes(config: ModelConfig, tokens: int, bytes_per_value: int) -> i
 def head_bytes(config: ModelConfig, tokens: int, bytes_per_value: int, *, chunk: int, compiled: bool = False) -> int:
     """Most bytes that the head and the cross-entropy hold at one time.
 
-    What they keep (:func:`head_kept_bytes`) and the larger of two: in the forward pass one chunk of C tokens,
-    C·V logits and their gradient, b + b bytes each when compiled, eager in fp32 with a temporary as well
-    (10 in bf16, 8 in fp32), and in bf16 the head's weight and the product that is added to d_weight,
-    2 + 2 bytes each; in the backward pass the scaled d_weight and d_hidden.
+    What they keep (:func:`head_kept_bytes`) and the larger of two: in the forward pass one chunk of C tokens, C·V
+    logits and their gradient, b + b bytes each when compiled, eager with fp32 temporaries as well (10 in
+    bf16, 8 in fp32), the gradient of the chunk before, b, and in bf16 the head's weight and the product that is
+    added to d_weight, 2 + 2 bytes each; in the backward pass the scaled d_weight and d_hidden.
     """
     matrix = config.vocab * config.width
-    a_logit = 2 * bytes_per_value if compiled else {2: 10, 4: 8}[bytes_per_value]
+    a_logit = logit_bytes(bytes_per_value, compiled=compiled) + (bytes_per_value if tokens > chunk else 0)
     forward = min(tokens, chunk) * config.vocab * a_logit + (4 * matrix if bytes_per_value == 2 else 0)
     kept = head_kept_bytes(config, tokens, bytes_per_value)
     return kept + max(forward, kept)
+
+
+def logit_bytes(bytes_per_value: int, *, compiled: bool) -> int:
+    """Bytes that a logit takes while the loss of its chunk is computed, see :func:`head_bytes`."""
+    return 2 * bytes_per_value if compiled else {2: 10, 4: 8}[bytes_per_value]
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, bytes_per_value: int = 2) -> int:

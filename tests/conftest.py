@@ -101,3 +101,21 @@ def run_command(
         timeout=timeout,
         check=False,
     )
+
+
+def kill_and_resume(plan: dict) -> list[dict]:
+    """Carry out a plan of tests/train/kill_and_resume.py; returns how each attempt ended."""
+    script = ROOT / "tests" / "train" / "kill_and_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(plan)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"from"')]
+    for end in ends:
+        end["log"] = done.stdout + done.stderr
+    return ends

@@ -46,6 +46,11 @@ def _main() -> None:
 
         print_plan(command)
         return
+    if command.slurm is not None:
+        from train.submit import submit
+
+        submit(command, sys.argv[1:])
+        return
     from train.launch import join
 
     place = join(command.devices, command.nodes)

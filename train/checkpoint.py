@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -165,10 +166,7 @@ class Checkpoints:
                 size = sum(_whole_bytes(tensor) for tensor in tensors.values())
                 require_space(self.folder, size + 2**20, f"the checkpoint of step {step}")
         with self._together() as results, readable_disk_errors(path):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                writer = FileSystemWriter(temporary, sync_files=False)
-                dcp_save(tensors, storage_writer=writer, process_group=self._job.group)
+            self._write_tensors(temporary, tensors)
             results.append(_sync_and_sum(temporary, f"__{self._job.rank}_*.distcp"))
         with self._together(), readable_disk_errors(path):
             if self._job.rank == 0:
@@ -179,6 +177,16 @@ class Checkpoints:
                 write_json(temporary / "checksums.json", sums)
                 replace_folder(temporary, path)
                 self._remove_old(step)
+
+    def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Each rank writes its shards; raises the first of the ranks' errors."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                writer = FileSystemWriter(folder, sync_files=False)
+                dcp_save(tensors, storage_writer=writer, process_group=self._job.group)
+        except CheckpointException as error:  # a BaseException around what happened
+            raise next(iter(error.failures.values()))[0] from None
 
     @contextmanager
     def _together(self) -> Iterator[list[dict[str, list[Any]]]]:
@@ -278,7 +286,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if name.startswith("model.") and isinstance(tensor, TensorStorageMetadata)
     }
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    dcp_load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
     return weights
 
 

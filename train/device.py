@@ -140,11 +140,7 @@ def make_fabric(settings: TrainSettings, place: Place, strategy: str) -> Fabric:
 
 
 def _fabric_strategy(settings: TrainSettings, place: Place, strategy: str, cuda: bool) -> Any:
-    # Host memory goes through gloo: checkpoints are written from there while NCCL works for the training.
-    common: dict[str, Any] = {
-        "process_group_backend": "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        "timeout": STEP_TIMEOUT,
-    }
+    common: dict[str, Any] = {"process_group_backend": "nccl" if cuda else "gloo", "timeout": STEP_TIMEOUT}
     if strategy.startswith("deepspeed"):
         from train.deepspeed import make_strategy
 

@@ -62,7 +62,7 @@ class Engine:
         with torch.device("meta"):
             raw = build()
         if not sharded:
-            raw.to_empty(device=self.device)
+            materialise(raw, self.device)
             fill(raw, values)
         model = self.fabric.setup_module(raw)
         if sharded:
@@ -131,6 +131,10 @@ class Engine:
                 owner.state[parameter][full.removeprefix(prefix)] = value.detach()
         return {name: tensor for name, tensor in self.tensors().items() if name in stored}
 
+    def weights_to_load(self) -> dict[str, Tensor]:
+        """The tensors that the weights alone are read into."""
+        return self.weights()
+
     def loaded(self) -> None:
         """Called when the tensors of a checkpoint have been read."""
 
@@ -150,6 +154,18 @@ def make_engine(
 
         return DeepSpeedEngine(fabric, job, build, values, make_optimizers, spike)
     return Engine(fabric, job, build, values, make_optimizers, spike)
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Memory on ``device`` for a model on the meta device. A tied weight stays one (``to_empty`` alone makes it two)."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, its_name), *others in places.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, its_name))
 
 
 @torch.no_grad()
@@ -183,7 +199,8 @@ def shard(precision: str, *, hybrid: bool) -> Callable[[Any, DeviceMesh], Any]:
         for block in module.blocks:
             fully_shard(block, mesh=over, mp_policy=policy)
         fully_shard(module, mesh=over, mp_policy=policy)
-        module.to_empty(device=mesh.device_type if mesh.device_type == "cpu" else torch.cuda.current_device())
+        here = torch.device("cpu") if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+        materialise(module, here)
         return module
 
     return parallelize

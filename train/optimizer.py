@@ -42,11 +42,16 @@ def make_adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> A
     assert settings.lr is not None
     return AdamW(
         [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
         ],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=True,
     )
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Also of a parameter that ZeRO-3 has cut up, which is empty and flat itself."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -542,7 +542,7 @@ def _memory(job: Job, every: list[Fit], why: str) -> Section:
     title = f"Memory per device in GB, {devices} ({why or 'as given'})"
     moments = "8·P + 4 a tensor" if job.optimizer == "adamw" else "4 a weight of the blocks' matrices, else AdamW's 8"
     shards = f"W = {machine.world}" + (f", for hsdp {machine.devices}" if machine.nodes > 1 else "")
-    logit = 2 * size if job.is_compiled else {2: 10, 4: 8}[size]
+    logit = size + budget.logit_bytes(size, compiled=job.is_compiled)
     copies = " + 4·V·D" if size == 2 else ""
     chunk, most = budget.HEAD_CHUNK[machine.kind], ENOUGH_TOKENS[machine.kind]
     formulas = {
@@ -609,6 +609,9 @@ def _time(settings: "TrainSettings", job: Job, fit: Fit, price: float | None) ->
     hours = seconds / 3600 * machine.world
     cost = f"${hours * price:,.2f} at ${price:g} a GPU-hour" if price is not None else "unknown: give --price"
     again = budget.recomputed_flops(job.config, job.seq_len, fit.checkpointing) / 1e9
+    state = fit.memory
+    moved = 2 * state.weights + state.gradients + 2 * state.optimizer
+    passes = f"{moved / gpu.bandwidth * 1e3:,.0f} ms of it" if gpu.bandwidth else "unknown"
     speed = f"devices · peak · MFU / (FLOPs per token + {again:,.2f} G recomputed); communication hidden"
     return Section(
         "Time and cost",
@@ -616,6 +619,7 @@ def _time(settings: "TrainSettings", job: Job, fit: Fit, price: float | None) ->
             Row("MFU", f"{mfu:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s dense bf16, {source}", reason),
             Row("tokens/s", f"{rate:,.0f}, {rate / machine.world:,.0f} a device", speed),
             Row("a step", f"{settings.batch_tokens / rate:,.2f} s", "batch / tokens/s"),
+            Row("optimiser, at least", passes, "(2·weights + gradients + 2·optimiser) / bandwidth"),
             Row("time", f"{duration(seconds)} = {seconds / 86400:,.2f} days", "tokens / tokens/s, evaluation apart"),
             Row("GPU-hours", f"{hours:,.1f}", "time · devices"),
             Row("cost", cost, "GPU-hours · price"),

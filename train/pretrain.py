@@ -362,7 +362,7 @@ def _load_weights(origin: Origin, engine: Engine, console: Console) -> None:
         console.say(f"going on from {origin.checkpoint}")
     elif origin.init is not None:
         if (origin.init / "state.json").exists():
-            checkpoint.load(origin.init, lambda stored: engine.weights(), group=group)
+            checkpoint.load(origin.init, lambda stored: engine.weights_to_load(), group=group)
             engine.loaded()
         console.say(f"starting from the weights of {origin.init}")
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from common import signals
 from common.distributed import is_lost_contact, lost_to, tell_failure
 from common.errors import UserError
 from train.launch import Place
@@ -28,13 +29,15 @@ def run_rank(settings: TrainSettings, place: Place) -> None:
         if place.world_size == 1:
             raise
         _end(error, place)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if stopped is None:
-        return
+    signals.ignore()  # nothing is left to save, and Python at its end would give them back their deadly defaults
     if stopped == signal.SIGUSR1 and place.rank == 0:
         requeue(os.environ)
-    sys.exit(128 + stopped)
+    if dist.is_initialized():
+        if stopped is not None:
+            dist.barrier()  # srun ends the job at the first rank that exits, and that must not be before the line above
+        dist.destroy_process_group()
+    if stopped is not None:
+        sys.exit(128 + stopped)
 
 
 def _end(error: BaseException, place: Place) -> NoReturn:

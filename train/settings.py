@@ -16,6 +16,7 @@ from data.settings import LoaderSettings, Mix
 from models import budget
 from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
+from train.slurm import Request
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -229,6 +230,9 @@ class TrainCommand(TrainSettings):
     """With --plan: the GPU to plan for, such as h100-80g. Default: the one that is here, else h100-80g."""
     price: float | None = None
     """With --plan: price of a GPU-hour in dollars."""
+    slurm: Request | None = None
+    """Submit a SLURM job: nodes=4,gpus=8,time=24:00:00 (also tasks, cpus, mem, signal, partition, account, qos,
+    constraint)."""
 
 
 def run_settings(command: TrainCommand) -> TrainSettings:

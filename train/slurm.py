@@ -1,8 +1,74 @@
-"""SLURM: submit a run, and put its job into the queue again when its time is up."""
+"""SLURM: what to ask of it, and how a job gets into its queue again. Imports nothing heavy."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from jsonargparse.typing import register_type
+
+
+class Request:
+    """What ``--slurm`` asks for: ``nodes=4,gpus=8,time=24:00:00``. The rest stands in slurm/train.sbatch."""
+
+    KEYS: ClassVar = {
+        "nodes": ("nodes", r"[1-9]\d*"),
+        "gpus": ("gpus-per-node", r"\d+"),
+        "tasks": ("ntasks-per-node", r"[1-9]\d*"),
+        "cpus": ("cpus-per-task", r"[1-9]\d*"),
+        "time": ("time", r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}"),
+        "signal": ("signal", r"\d{1,5}"),
+        "mem": ("mem", r"\d+[KMGT]?"),
+        "partition": ("partition", r"\S+"),
+        "account": ("account", r"\S+"),
+        "qos": ("qos", r"\S+"),
+        "constraint": ("constraint", r"\S+"),
+    }
+    """Key, sbatch's option for it, and what a value looks like."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = dict(values)
+        """The keys as they were written."""
+
+    @classmethod
+    def parse(cls, value: Any) -> "Request":
+        """Read a request; ValueError says what is wrong with it."""
+        values: dict[str, str] = {}
+        for word in re.split(r",(?=\w+=)", str(value).strip()):  # a value may hold commas: partition=a,b
+            key, _, text = word.partition("=")
+            if key not in cls.KEYS:
+                raise ValueError(
+                    f"{word!r} is none of {', '.join(f'{known}=' for known in cls.KEYS)}; "
+                    "write other options of sbatch into slurm/train.sbatch"
+                )
+            if key in values:
+                raise ValueError(f"{key}= stands twice in {str(value)!r}")
+            if not re.fullmatch(cls.KEYS[key][1], text):
+                raise ValueError(
+                    f"{word!r} is nothing that SLURM takes; write for example nodes=4,gpus=8,time=24:00:00"
+                )
+            values[key] = text
+        if values.get("gpus") == "0" and "tasks" not in values:
+            raise ValueError("without GPUs (gpus=0) it needs tasks=N, the number of processes on a node")
+        return cls(values)
+
+    def options(self) -> dict[str, str | None]:
+        """sbatch's long options and their values; None for one to leave out."""
+        options: dict[str, str | None] = {self.KEYS[key][0]: value for key, value in self.values.items()}
+        if "signal" in self.values:
+            options["signal"] = f"USR1@{self.values['signal']}"
+        if "gpus" in self.values:
+            options.setdefault("ntasks-per-node", self.values["gpus"])  # a process for each GPU
+            if self.values["gpus"] == "0":
+                options["gpus-per-node"] = None
+        return options
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.values.items())
+
+
+register_type(Request, serializer=str, deserializer=Request.parse)
 
 
 def requeue(environment: Mapping[str, str]) -> None:

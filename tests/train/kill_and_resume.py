@@ -1,14 +1,17 @@
 """Run a training command again and again, killing it, until it is finished.
 
-Started as a program of its own with one JSON argument: ``argv`` of the command, ``kills`` (a list of
-{"step", "signal", "workers"}), the run folder and the last workers. The modules are imported once; each attempt is
-a fork, so that an attempt costs a fraction of a second instead of the imports.
+Started as a program of its own with one JSON argument: ``argv`` of the command, the ``run`` folder, and ``attempts``:
+each has more ``argv``, its ``world`` of ranks, and a ``step`` and ``signal`` to kill all ranks with, or a ``rank`` and
+the ``operation`` of writing checkpoints at which it is killed; the last attempt has none.
+``rows``: a folder that every rank appends to what rows it took. The modules are imported once; each rank of
+each attempt is a fork, so that an attempt costs a fraction of a second instead of the imports.
 """
 
 import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,14 +24,22 @@ def last_step(metrics: Path) -> int:
     return 0
 
 
-def attempt(argv: list[str]) -> int:
-    """Start the command in a child; returns its process id."""
+def start(argv: list[str], rank: int, world: int, port: int, rows: str | None, operation: int | None) -> int:
+    """Start a rank of the command in a child; returns its process id."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         sys.argv = ["train.py", *argv]
+        if world > 1:
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
+            os.environ.update({name: str(value) for name, value in where.items()})
         code = 1
         try:
+            if rows is not None:
+                record_rows(Path(rows) / f"{time.time_ns()}-{rank}")
+            if operation is not None:
+                die_at(operation)
             from train.__main__ import main
 
             main()
@@ -41,37 +52,88 @@ def attempt(argv: list[str]) -> int:
     return child
 
 
+def record_rows(path: Path) -> None:
+    """Write a line for each step: the number of its first row and a hash of each row that this rank takes."""
+    import xxhash
+
+    from data.loader import Loader
+
+    take = Loader.take
+
+    def recorded(loader: Loader, rows: int) -> object:
+        first = loader.rows
+        taken = take(loader, rows)
+        with open(path, "a") as file:
+            hashes = [xxhash.xxh3_64_hexdigest(row.astype("int64").tobytes()) for row in taken]
+            file.write(json.dumps([first, loader._rank, loader._world, hashes]) + "\n")
+        return taken
+
+    Loader.take = recorded  # type: ignore[method-assign]
+
+
+def die_at(operation: int) -> None:
+    """Kill this process before its so-manieth file operation on checkpoints that are being written."""
+    count = 0
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and "/.step-" in str(args[0]):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def attempt(plan: dict, one: dict, metrics: Path) -> list[int]:
+    """Start all ranks, kill them where that is planned, and wait; returns their exit codes.
+
+    When one dies by a signal the others are killed too, as a launcher does.
+    """
+    argv, world, rows = [*plan["argv"], *one["argv"]], one.get("world", 1), plan.get("rows")
+    kill = None if one.get("step") is None else (one["step"], one["signal"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fatal = [one.get("operation") if one.get("rank") == rank else None for rank in range(world)]
+    ranks = [start(argv, rank, world, port, rows, operation) for rank, operation in enumerate(fatal)]
+    time.sleep(0.05)  # a forked Python drops signals that come before it has settled; a started one does not
+    codes: dict[int, int] = {}
+    while len(codes) < world:
+        for child in set(ranks) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if any(code == -signal.SIGKILL for code in codes.values()):
+            for child in set(ranks) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        if kill is not None and not codes and last_step(metrics) >= kill[0]:
+            for child in ranks:
+                os.kill(child, getattr(signal, kill[1]))
+            kill = None
+        time.sleep(0.002)
+    for child in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # data workers of a killed trainer
+    return [codes[child] for child in ranks]
+
+
 def main() -> None:
     """Attempt until finished; prints how each attempt ended."""
     plan = json.loads(sys.argv[1])
     from common import signals
 
     signals.install()  # inherited by the forks, as a real start has it from its first line
-    import train.pretrain  # noqa: F401  (imported before the forks, once)
+    import train.rank
+
+    if any("deepspeed" in word for one in plan["attempts"] for word in one["argv"]):
+        import train.deepspeed  # noqa: F401
 
     metrics = Path(plan["run"]) / "metrics.jsonl"
-    for kill in [*plan["kills"], None]:
-        workers = plan["last_workers"] if kill is None else kill["workers"]
+    for one in plan["attempts"]:
         began = last_step(metrics)
-        child = attempt([*plan["argv"], "--loader.workers", str(workers)])
-        time.sleep(0.05)  # a forked Python drops signals that come before it has settled; a started one does not
-        status = None
-        while kill is not None and status is None:
-            done, code = os.waitpid(child, os.WNOHANG)
-            if done:
-                status = code
-            elif last_step(metrics) >= kill["step"]:
-                os.kill(child, getattr(signal, kill["signal"]))
-                status = os.waitpid(child, 0)[1]
-            else:
-                time.sleep(0.002)
-        if status is None:
-            status = os.waitpid(child, 0)[1]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # data workers of a killed trainer
-        print(
-            json.dumps({"from": began, "to": last_step(metrics), "code": os.waitstatus_to_exitcode(status)}), flush=True
-        )
+        codes = attempt(plan, one, metrics)
+        print(json.dumps({"from": began, "to": last_step(metrics), "codes": codes}), flush=True)
 
 
 if __name__ == "__main__":

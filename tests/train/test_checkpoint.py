@@ -1,43 +1,71 @@
+import errno
 import json
+import os
 import pickle
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
+from common.distributed import Job
 from common.errors import UserError
+from common.files import sweep
 from train import checkpoint
-from train.checkpoint import Checkpoints, damaged, load, training_tensors
+from train.checkpoint import Checkpoints, damaged, load
+from train.engine import Engine
 
 
-def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make(seed: int) -> Engine:
     """A small model and an AdamW that has made a step."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    model(torch.randn(5, 4)).square().sum().backward()
-    optimizer.step()
-    return model, optimizer
+
+    def value(name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(name)))
+
+    engine = Engine(
+        Fabric(accelerator="cpu", devices=1),
+        Job(),
+        build=lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)),
+        values=value,
+        make_optimizers=lambda model: [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)],
+        spike=6.0,
+    )
+    nll = engine.model(torch.ones(5, 4)).square().sum()
+    engine.backward(nll)
+    engine.update(0.1, 1.0, nll)
+    return engine
 
 
 def save(checkpoints: Checkpoints, step: int, seed: int = 0) -> Path:
-    model, optimizer = make(seed)
-    return checkpoints.save(step, training_tensors(model, optimizer), {"tokens": step * 10}, {"hidden_size": 8})
+    return checkpoints.save(step, make(seed).tensors(), {"tokens": step * 10}, {"hidden_size": 8})
 
 
 def test_everything_comes_back_exactly(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path, keep=2), 7)
-    model, optimizer = make(0)
-    other, empty = make(1)
-    empty = torch.optim.AdamW(other.parameters(), lr=0.1, fused=True)
-    assert load(path, other, empty) == {"step": 7, "tokens": 70}
-    before, after = training_tensors(model, optimizer), training_tensors(other, empty)
+    engine, other = make(0), make(1)
+    assert load(path, other.tensors_to_load) == {"step": 7, "tokens": 70}
+    before, after = engine.tensors(), other.tensors()
     assert before.keys() == after.keys()
     assert len([name for name in before if name.startswith("optimizer.")]) == 3 * 6
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [value.dtype for value in before.values()] == [value.dtype for value in after.values()]
+
+
+def test_training_may_go_on_while_a_copy_is_written(tmp_path: Path) -> None:
+    checkpoints, engine = Checkpoints(tmp_path, keep=2), make(0)
+    before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    path = checkpoints.save(1, engine.tensors(), {}, {}, wait=False)
+    with torch.no_grad():
+        for tensor in engine.tensors().values():
+            tensor.zero_()
+    checkpoints.wait()
+    load(path, engine.tensors_to_load)
+    assert all(torch.equal(before[name], tensor) for name, tensor in engine.tensors().items())
 
 
 def test_the_newest_stay_and_some_for_good(tmp_path: Path) -> None:
@@ -67,37 +95,7 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path: Path, damage: str) -> 
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
     with pytest.raises(UserError, match=r"damaged|no checkpoint"):
-        load(newest, *make(0))
-
-
-@pytest.mark.parametrize("stage", ["state.json", "dcp", "checksums.json", "rename"])
-def test_a_save_that_dies_leaves_nothing_under_a_good_name(tmp_path: Path, stage: str, monkeypatch) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    save(checkpoints, 1)
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: object, **__: object) -> None:
-        raise Killed
-
-    real_json = checkpoint.write_json
-    if stage == "dcp":
-        monkeypatch.setattr(checkpoint, "dcp_save", killed)
-    elif stage == "rename":
-        real_rename = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda p, t: killed() if Path(t).name == "step-0000002" else real_rename(p, t)
-        )
-    else:
-        monkeypatch.setattr(checkpoint, "write_json", lambda p, v: killed() if p.name == stage else real_json(p, v))
-    with pytest.raises(Killed):
-        save(checkpoints, 2)
-    monkeypatch.undo()
-    assert checkpoints.steps() == [1]
-    assert damaged(tmp_path / "step-0000001") is None
-    save(checkpoints, 2)
-    assert checkpoints.steps() == [2]
+        load(newest, make(0).tensors_to_load)
 
 
 def test_going_back_sets_later_ones_aside(tmp_path: Path) -> None:
@@ -112,7 +110,7 @@ def test_going_back_sets_later_ones_aside(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path, keep=1), 1)
     with pytest.raises(UserError, match=r"of another model: its model.0.weight is torch.Size\(\[8, 4\]\)"):
-        load(path, nn.Sequential(nn.Linear(4, 9)), None)
+        load(path, lambda stored: {"model.0.weight": torch.zeros(9, 4)})
 
 
 class Exploit:
@@ -125,7 +123,7 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(Exploit()))
     (path / "checksums.json").write_text(json.dumps(checkpoint._checksums(path)))
     with pytest.raises(UserError, match=r"\.metadata names"):
-        load(path, *make(0))
+        load(path, make(0).tensors_to_load)
     assert not Path("/tmp/palmtop-exploited").exists()
 
 
@@ -137,3 +135,70 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="no room on the disk"):
         save(checkpoints, 2)
     assert checkpoints.steps() == [1]
+
+
+def test_a_disk_that_fills_while_writing_is_said(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+    with pytest.raises(UserError, match="the disk is full while writing"):
+        save(checkpoints, 2)
+    assert checkpoints.steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+"""Audit events of what touches the file system."""
+
+
+def killed_at(operation: int, action: Callable[[], None]) -> bool:
+    """Run ``action`` in a fork that gets SIGKILL before its so-manieth file operation; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, args: tuple[object, ...]) -> None:
+            nonlocal count
+            if event in OPERATIONS:
+                count += 1
+                if count == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_kill_at_every_file_operation_of_a_save_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    engine = make(0)
+    tensors = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    kills = 0
+    for over in (False, True):  # a new step, and one whose checkpoint is there already
+        operation = 1
+        while True:
+            folder = tmp_path / f"{over}-{operation}"
+            checkpoints = Checkpoints(folder, keep=1)
+            save(checkpoints, 1)
+
+            def again(folder: Path = folder, over: bool = over) -> None:
+                Checkpoints(folder, keep=1).save(1 if over else 2, tensors, {"tokens": 5}, {})
+
+            if not killed_at(operation, again):
+                break
+            kills += 1
+            sweep(folder)
+            good = checkpoints.newest_good(pytest.fail)  # none is damaged, whatever the moment
+            assert good is not None
+            load(good, engine.tensors_to_load)
+            save(checkpoints, 3)
+            assert checkpoints.steps() == [3]
+            assert [path.name for path in folder.iterdir()] == ["step-0000003"]
+            operation += 1
+    assert kills >= 50

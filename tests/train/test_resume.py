@@ -1,17 +1,14 @@
 """A run that is killed and goes on is the run that was never stopped, bit for bit."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from data.prepare import prepare
 from data.sources import open_source
-from tests.conftest import ROOT
+from tests.conftest import kill_and_resume
 
 STEPS = 60
 RUN = f"""
@@ -21,21 +18,10 @@ RUN = f"""
 """.split()
 
 
-def run(folder: Path, data: Path, model: Path, kills: list[dict], last_workers: int = 0) -> list[dict]:
-    """Train in ``folder`` with the given kills; returns how each attempt ended."""
+def run(folder: Path, data: Path, model: Path, attempts: list[dict]) -> list[dict]:
+    """Train in ``folder`` with the given attempts (see kill_and_resume.py); returns how each ended."""
     argv = [*RUN, "--run", str(folder), "--data", str(data), "--init", str(model)]
-    plan = {"argv": argv, "run": str(folder), "kills": kills, "last_workers": last_workers}
-    script = Path(__file__).with_name("kill_and_resume.py")
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(plan)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"from"')]
+    return kill_and_resume({"argv": argv, "run": str(folder), "attempts": attempts})
 
 
 def what_it_computed(folder: Path) -> tuple[list, bytes]:
@@ -59,7 +45,7 @@ def prepared(corpus: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, bytes]:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(folder, corpus, micro_model, [])
+    run(folder, corpus, micro_model, [{"argv": []}])
     figures, weights = what_it_computed(folder)
     assert [record["step"] for record in figures if "loss" in record] == list(range(1, STEPS + 1))
     return figures, weights
@@ -80,11 +66,13 @@ def test_kills_change_nothing(
 ) -> None:
     rng = random.Random(f"{form} {workers} {name}")
     steps = sorted(rng.sample(range(1, STEPS - 8), kills))  # so that none comes after the end
-    planned = [{"step": s, "signal": name, "workers": workers[i % len(workers)]} for i, s in enumerate(steps)]
+    flags = [["--loader.workers", str(workers[i % len(workers)])] for i in range(kills)]
+    attempts = [{"step": s, "signal": name, "argv": argv} for s, argv in zip(steps, flags, strict=True)]
+    attempts.append({"argv": ["--loader.workers", str(workers[-1])]})
     data = corpus if form == "streamed" else prepared
-    ends = run(tmp_path / "run", data, micro_model, planned, workers[-1])
-    assert [end["code"] for end in ends[:-1]] == [-9 if name == "SIGKILL" else 128 + 15] * kills
-    assert ends[-1]["code"] == 0
+    ends = run(tmp_path / "run", data, micro_model, attempts)
+    assert [end["codes"] for end in ends[:-1]] == [[-9 if name == "SIGKILL" else 128 + 15]] * kills
+    assert ends[-1]["codes"] == [0]
     figures, weights = what_it_computed(tmp_path / "run")
     assert figures == uninterrupted[0]
     assert weights == uninterrupted[1]
@@ -92,6 +80,6 @@ def test_kills_change_nothing(
 
 def test_a_signal_before_the_first_step_is_survived(corpus, micro_model, tmp_path) -> None:
     folder = tmp_path / "run"
-    ends = run(folder, corpus, micro_model, [{"step": 0, "signal": "SIGUSR1", "workers": 0}])
-    assert ends[0]["code"] in (128 + 10, -10)  # -10: it struck before Python ran the first line
-    assert ends[1]["code"] == 0
+    ends = run(folder, corpus, micro_model, [{"step": 0, "signal": "SIGUSR1", "argv": []}, {"argv": []}])
+    assert ends[0]["codes"][0] in (128 + 10, -10)  # -10: it struck before Python ran the first line
+    assert ends[1]["codes"] == [0]

@@ -1,0 +1,601 @@
+"""Tokens/s and MFU of training on one GPU, beside transformers and litgpt in one run.
+
+    python bench/train_gpu.py                                   # 125m 1b c4-130m c4-1b, bf16, rows of 2048 tokens
+    python bench/train_gpu.py --sizes c4-130m --rounds 9 --json figures.jsonl
+    python bench/train_gpu.py --sizes tiny --seq-len 64 --micro-rows 2 --rounds 1 --steps 1 --device cpu --no-compile
+
+FLOPs a token = 6·(parameters without the input embedding, a tied head counted) + 12·L·H·N·T: L layers, H query
+heads N wide, T tokens in a row. MFU = tokens/s · FLOPs a token / the GPU's dense bf16 peak. A step is zero_grad,
+forward, backward, clipping at 1 and fused AdamW (``--optimizer muon``: ours alone), with fp32 weights under autocast.
+
+Every side computes the same shape from the same weights, except that it is ours alone that has the QK-norm of
+125m and 1b. Every row is one document. "documents" are rows of four to eight documents that do not see each other;
+their attention is counted over the full row all the same, which is more than is computed.
+
+Each variant has the GPU to itself for its turn: weights come from the host and leave again. The turns alternate
+over the rounds, and medians count, so that clocks and temperature bear on all alike. Rows in a forward pass are
+the plan's (train/plan.py), halved for a variant that runs out of memory with them.
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from bench.train_step import Batch, machine, matmul_rate
+from models import budget, gpus, hf, sizes
+from models.hf_config import to_config
+from models.sizes import ModelConfig, adapt
+from models.transformer import Transformer
+from train.muon import Muon
+from train.plan import ENOUGH_TOKENS, Fit, Machine, choose
+
+BARS = {"c4-130m": 0.40, "c4-1b": 0.45}
+"""MFU that is aimed at on one H100, in bf16, compiled, in rows of 2048 tokens; the other sizes have no bar."""
+
+LR, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+WARM_UP = 3
+"""Steps of a turn that do not count; in the first turn the first of them compiles."""
+
+OUT_OF_MEMORY = "out of memory"
+LITGPT_BLOCK = {
+    "norm_1": "attention_norm",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "norm_2": "ffn_norm",
+    "mlp.proj": "ffn.down",
+}
+"""Modules of a block of litgpt's, and ours with the same weight."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of a size share."""
+
+    config: ModelConfig
+    seq_len: int
+    device: torch.device
+    precision: str
+    """bf16 or fp32."""
+    compiled: bool
+    optimizer: str
+    """Of our side: adamw or muon."""
+    fit: Fit
+    """The plan's rows; its activation checkpointing is for our side."""
+    may_halve: bool
+    """The rows are the plan's, not asked for."""
+
+
+class Trainee:
+    """A model that trains in turns and holds memory of the device only during one.
+
+    Args:
+        model: on its device; what it holds is given up at once.
+        loss: mean loss of a batch.
+        weights: its parameters' values by name, on the host.
+        optimizers: makes them anew for every turn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Batch], Tensor],
+        weights: dict[str, Tensor],
+        optimizers: Callable[[], list[torch.optim.Optimizer]],
+    ) -> None:
+        self.named = dict(model.named_parameters())  # a tied matrix once
+        self._loss, self._weights, self._make_optimizers = loss, weights, optimizers
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self.leave()
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Take the device: the first weights, no moments."""
+        for name, parameter in self.named.items():
+            # The tensor stays the same, so that what was compiled for it stays good; only its memory comes and goes.
+            parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+            parameter.copy_(self._weights[name])
+        self._optimizers = self._make_optimizers()
+
+    def leave(self) -> None:
+        """Give back what the turn took."""
+        self._optimizers = []
+        for parameter in self.named.values():
+            parameter.grad = None
+            parameter.untyped_storage().resize_(0)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def step(self, batch: Batch, autocast: bool) -> Tensor:
+        """One step; waits for nothing. The loss is still on the device."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16) if autocast else nullcontext():
+            loss = self._loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.named.values(), CLIP)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return loss.detach()
+
+
+Maker = Callable[[Setting, dict[str, Tensor]], Trainee]
+"""Makes a trainee whose weights are those of the given state dict of ours."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of training that gets a line of the table."""
+
+    name: str
+    make: Maker
+    packed: bool = False
+    """Rows of several documents."""
+
+
+@dataclass
+class Measurement:
+    """A variant's figures."""
+
+    variant: Variant
+    rows: int
+    first_step: float | None = None
+    """Seconds of its first step, which compiles."""
+    loss: float | None = None
+    """Of that step."""
+    seconds: list[float] = field(default_factory=list)
+    """A step, by rounds."""
+    peak: int = 0
+    """Most bytes of the device held at one time; 0 on a CPU."""
+    trouble: str = ""
+
+    def tokens_per_second(self, seq_len: int) -> float | None:
+        """Median of the rounds; None when it did not work."""
+        return self.rows * seq_len / statistics.median(self.seconds) if self.seconds else None
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fused AdamW."""
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def our_optimizers(model: Transformer, setting: Setting) -> list[torch.optim.Optimizer]:
+    """AdamW, or as in training Muon for the matrices of the blocks and AdamW for the rest."""
+    if setting.optimizer == "adamw":
+        return [adamw(list(model.parameters()))]
+    named = dict(model.named_parameters())
+    hidden = {name: value for name, value in named.items() if value.ndim == 2 and name.startswith("blocks.")}
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    rows = model.fused_rows()
+    muon = Muon(list(hidden.items()), rows, lr=LR, momentum=0.95, weight_decay=WEIGHT_DECAY, dtype=dtype)
+    return [muon, adamw([value for name, value in named.items() if name not in hidden])]
+
+
+def make_ours(setting: Setting, state: dict[str, Tensor]) -> Trainee:
+    """Our transformer, as training has it."""
+    with setting.device:
+        model = Transformer(setting.config, seed=None)
+    model.checkpointing = setting.fit.checkpointing
+    if setting.compiled:
+        model.compile_parts()
+
+    def loss(batch: Batch) -> Tensor:
+        total, _ = model(batch.tokens, batch.positions, batch.targets)
+        return total / batch.targets.numel()
+
+    return Trainee(model, loss, state, lambda: our_optimizers(model, setting))
+
+
+def make_llama(setting: Setting, state: dict[str, Tensor], *, compiled: bool, causal: bool) -> Trainee:
+    """transformers' Llama.
+
+    Compiled it cannot see that a row is one document, and gives SDPA a mask, which flash attention does not take.
+    ``causal`` leaves its mask out, so that SDPA is told "causal" and nothing else: its best, not its default.
+    """
+    plain = replace(setting.config, qk_norm=False)
+    transformers.AttentionInterface.register("causal_sdpa", sdpa_attention_forward)  # no mask belongs to this name
+    values = to_config(plain, bos=None, eos=0, pad=None) | {"attn_implementation": "causal_sdpa" if causal else "sdpa"}
+    with setting.device:
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).train()
+    if compiled:
+        model.compile(dynamic=False)
+
+    def loss(batch: Batch) -> Tensor:
+        # labels only make it compute a loss; the targets are already shifted
+        return model(input_ids=batch.tokens, labels=batch.targets, shift_labels=batch.targets, use_cache=False).loss
+
+    return Trainee(model, loss, hf.to_hugging_face(state, plain), lambda: [adamw(list(model.parameters()))])
+
+
+def make_litgpt(setting: Setting, state: dict[str, Tensor]) -> Trainee:
+    """litgpt's GPT and the loss of its pre-training."""
+    model_module, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
+    config = setting.config
+    shape = model_module.Config(
+        name="llama",
+        block_size=config.context,
+        n_layer=config.layers,
+        n_embd=config.width,
+        n_head=config.heads,
+        n_query_groups=config.kv_heads,
+        head_size=config.head_width,
+        intermediate_size=config.ffn,
+        vocab_size=config.vocab,
+        padded_vocab_size=config.vocab,
+        rotary_percentage=1.0,
+        rope_base=int(config.rope_theta),
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=config.norm_eps,
+        mlp_class_name="LLaMAMLP",
+    )
+    with setting.device:
+        model = model_module.GPT(shape)
+    if config.tied:
+        model.transformer.wte.weight = model.lm_head.weight
+    if setting.compiled:
+        model.compile(dynamic=False)
+
+    def loss(batch: Batch) -> Tensor:
+        return utils.chunked_cross_entropy(model(batch.tokens), batch.targets)
+
+    return Trainee(model, loss, to_litgpt(state, config), lambda: [adamw(list(model.parameters()))])
+
+
+def to_litgpt(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under litgpt's names."""
+    out = {
+        "lm_head.weight": state["head.weight"],
+        "transformer.wte.weight": state["embedding.weight"],
+        "transformer.ln_f.weight": state["norm.weight"],
+    }
+    for layer in range(config.layers):
+        ours, theirs = f"blocks.{layer}.", f"transformer.h.{layer}."
+        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
+        out[theirs + "mlp.fc_1.weight"], out[theirs + "mlp.fc_2.weight"] = gate, up
+        out |= {f"{theirs}{name}.weight": state[f"{ours}{other}.weight"] for name, other in LITGPT_BLOCK.items()}
+    return out
+
+
+def why_no_litgpt() -> str | None:
+    """Why litgpt takes no part; None when it does."""
+    try:
+        importlib.import_module("litgpt.model")
+    except ModuleNotFoundError as error:
+        return "not installed" if (error.name or "").startswith("litgpt") else f"cannot be imported: {error}"
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return None
+
+
+def all_variants(compiled: bool, litgpt: bool) -> list[Variant]:
+    """The lines of the table."""
+    mode = "compiled" if compiled else "eager"
+    found = [Variant(f"ours {mode}", make_ours), Variant(f"ours {mode}, documents", make_ours, packed=True)]
+    if compiled:
+        found += [
+            Variant("transformers compiled", partial(make_llama, compiled=True, causal=False)),
+            Variant("transformers compiled, causal", partial(make_llama, compiled=True, causal=True)),
+        ]
+    found.append(Variant("transformers eager", partial(make_llama, compiled=False, causal=False)))
+    return [*found, Variant(f"litgpt {mode}", make_litgpt)] if litgpt else found
+
+
+def make_batch(setting: Setting, rows: int, packed: bool) -> Batch:
+    """Random tokens, one document a row or several."""
+    batch = Batch.random(setting.config, rows, setting.seq_len, setting.device.type)
+    if not packed:
+        return batch
+    chance = random.Random(0)
+    positions = torch.tensor([list(document_positions(setting.seq_len, chance)) for _ in range(rows)])
+    return replace(batch, positions=positions.to(setting.device))
+
+
+def document_positions(seq_len: int, chance: random.Random) -> Iterator[int]:
+    """Each token's place in its document, in a row of four to eight documents of random lengths."""
+    cuts = sorted(chance.sample(range(1, seq_len), chance.randint(3, 7)))
+    for first, end in zip([0, *cuts], [*cuts, seq_len], strict=True):
+        yield from range(end - first)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turn(trainee: Trainee, setting: Setting, found: Measurement, steps: int) -> None:
+    """Warm up, then measure some steps."""
+    batch = make_batch(setting, found.rows, found.variant.packed)
+    step = partial(trainee.step, batch, setting.precision == "bf16")
+    trainee.enter()
+    start = time.perf_counter()
+    loss = step().item()
+    if found.first_step is None:
+        found.first_step, found.loss = time.perf_counter() - start, loss
+    for _ in range(WARM_UP - 1):
+        step()
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    wait_for(setting.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait_for(setting.device)
+    found.seconds.append((time.perf_counter() - start) / steps)
+    if setting.device.type == "cuda":
+        found.peak = max(found.peak, torch.cuda.max_memory_allocated())
+
+
+def turn_or_trouble(trainee: Trainee, setting: Setting, found: Measurement, steps: int) -> str:
+    """Take a turn; what went wrong in it, or nothing."""
+    try:
+        take_turn(trainee, setting, found, steps)
+        return ""
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    except Exception as error:  # one variant's failure must not cost the other lines
+        traceback.print_exc()
+        return failure(error)
+
+
+def failure(error: Exception) -> str:
+    """An exception in a line."""
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
+
+
+def fitting_turn(trainee: Trainee, setting: Setting, found: Measurement, steps: int) -> None:
+    """Take a turn, if need be with fewer rows than the plan's."""
+    while True:
+        found.trouble = turn_or_trouble(trainee, setting, found, steps)
+        trainee.leave()  # after the exception, whose frames hold tensors
+        if found.trouble:
+            print(f"{found.variant.name}, {found.rows} rows: {found.trouble}", flush=True)
+            found.first_step, found.loss, found.seconds, found.peak = None, None, [], 0
+        if found.trouble != OUT_OF_MEMORY or not setting.may_halve or found.rows == 1:
+            return
+        found.rows //= 2
+
+
+def measure(setting: Setting, variants: list[Variant], rounds: int, steps: int) -> list[Measurement]:
+    """Let the variants take turns."""
+    torch.compiler.reset()  # else the sizes before count towards the limit on recompilations
+    state = Transformer(setting.config).state_dict()
+    found = [Measurement(variant, setting.fit.micro_rows) for variant in variants]
+    trainees: dict[str, Trainee] = {}
+    for number in range(rounds):
+        for one in found:
+            if one.trouble:
+                continue
+            try:
+                trainee = trainees.get(one.variant.name) or one.variant.make(setting, state)
+            except Exception as error:  # as in turn_or_trouble
+                traceback.print_exc()
+                one.trouble = failure(error)
+                continue
+            trainees[one.variant.name] = trainee
+            fitting_turn(trainee, setting, one, steps)
+            if number == 0 and not one.trouble:
+                print(f"{one.variant.name:<30} first step {one.first_step:6.1f} s, loss {one.loss:.4f}", flush=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table and of the JSON file; None is what could not be measured or does not apply."""
+
+    size: str
+    variant: str
+    micro_rows: int
+    checkpointing: str
+    tokens_per_second: float | None
+    mfu: float | None
+    step_ms: float | None
+    peak_gb: float | None
+    to_transformers: float | None
+    """Tokens/s over those of transformers' fastest variant."""
+    bar: float | None
+    met: bool | None
+    first_step_s: float | None
+    first_loss: float | None
+    flops_per_token: int
+    trouble: str
+
+
+def make_lines(size: str, setting: Setting, found: list[Measurement], gpu: gpus.Gpu | None) -> list[Line]:
+    """The lines of a size."""
+    speeds = {one.variant.name: one.tokens_per_second(setting.seq_len) for one in found}
+    theirs = max((speed for name, speed in speeds.items() if speed and name.startswith("transformers")), default=None)
+    flops = budget.flops_per_token(setting.config, setting.seq_len)
+    peak = gpu.peak if gpu and setting.precision == "bf16" else None
+    judged = gpu is not None and gpu.name.startswith("h100") and setting.compiled and setting.seq_len == 2048
+    lines = []
+    for one in found:
+        speed, own = speeds[one.variant.name], one.variant.make is make_ours
+        mfu = speed * flops / peak if speed and peak else None
+        bar = BARS.get(size) if own and not one.variant.packed else None
+        line = Line(
+            size=size,
+            variant=one.variant.name,
+            micro_rows=one.rows,
+            checkpointing=setting.fit.checkpointing if own else "none",
+            tokens_per_second=speed,
+            mfu=mfu,
+            step_ms=1e3 * statistics.median(one.seconds) if one.seconds else None,
+            peak_gb=one.peak / 1e9 if one.peak else None,
+            to_transformers=speed / theirs if speed and theirs else None,
+            bar=bar,
+            met=mfu >= bar if judged and mfu is not None and bar is not None else None,
+            first_step_s=one.first_step,
+            first_loss=one.loss,
+            flops_per_token=flops,
+            trouble=one.trouble,
+        )
+        lines.append(line)
+    return lines
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def print_table(lines: list[Line]) -> None:
+    """Print a size's lines."""
+    heads = f"{'rows':>5} {'tokens/s':>10} {'MFU':>6} {'ms/step':>9} {'GB':>6} {'ratio':>6}  bar"
+    print(f"\n{'size':<8} {'variant':<30} {heads}")
+    for line in lines:
+        start = f"{line.size:<8} {line.variant:<30} {line.micro_rows:>5} "
+        if line.trouble:
+            print(start + line.trouble)
+            continue
+        bar = shown(line.bar, ".0%")
+        if line.met is not None:
+            bar += " met" if line.met else " missed"
+        elif line.bar is not None:
+            bar += " on one H100"
+        figures = (
+            f"{shown(line.tokens_per_second, ',.0f'):>10} {shown(line.mfu, '.1%'):>6} {shown(line.step_ms, ',.1f'):>9} "
+            f"{shown(line.peak_gb, '.1f'):>6} {shown(line.to_transformers, '.2f'):>6}  {bar}"
+        )
+        print(start + figures)
+    print(flush=True)
+
+
+def plan_for(config: ModelConfig, args: argparse.Namespace) -> Fit:
+    """Rows in a forward pass and activation checkpointing by the plan for this device."""
+    if args.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = gpus.here(properties.name, properties.total_memory)
+    else:
+        gpu = gpus.cpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return choose(
+        config,
+        Machine(gpu),
+        rows=args.micro_rows or max(1, ENOUGH_TOKENS[args.device] // args.seq_len),
+        seq_len=args.seq_len,
+        precision="bf16" if args.precision == "bf16" else "32",
+        optimizer=args.optimizer,
+        micro_rows=args.micro_rows,
+        compiled=args.compile,
+    )
+
+
+def make_setting(name: str, args: argparse.Namespace) -> Setting:
+    """A size under the command line's settings."""
+    config = sizes.size(name).config
+    config = adapt(config, context=max(config.context, args.seq_len))
+    device, fit = torch.device(args.device), plan_for(config, args)
+    may_halve = args.micro_rows is None
+    return Setting(config, args.seq_len, device, args.precision, args.compile, args.optimizer, fit, may_halve)
+
+
+def describe(name: str, setting: Setting) -> str:
+    """A size, its FLOPs a token with their terms, and how it is run."""
+    config, counted = setting.config, budget.parameters(setting.config)
+    multiplied = counted.layers + config.vocab * config.width
+    terms = f"6·{multiplied:,} + 12·{config.layers}·{config.heads}·{config.head_width}·{setting.seq_len}"
+    rows = f"{setting.fit.micro_rows} rows of {setting.seq_len} tokens ({'the plan' if setting.may_halve else 'asked'})"
+    return (
+        f"{name}: {counted.total:,} parameters, {rows}, our activation checkpointing: {setting.fit.checkpointing}\n"
+        f"{name}: {terms} = {budget.flops_per_token(config, setting.seq_len):,} FLOPs a token"
+    )
+
+
+def print_heading(args: argparse.Namespace, gpu: gpus.Gpu | None) -> None:
+    """The machine, the peak and what the figures mean."""
+    cuda = args.device == "cuda"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    print(machine(args.device))
+    if cuda:
+        rate = matmul_rate(args.device, dtype, 8192)
+        print(f"CUDA {torch.version.cuda}; products of 8192 × 8192 matrices: {rate / 1e12:,.0f} TFLOP/s")
+    if gpu and gpu.peak and args.precision == "bf16":
+        print(
+            f"peak {gpu.peak / 1e12:,.0f} TFLOP/s dense bf16: {gpu.name} in models/gpus.py, from the maker's datasheet"
+        )
+    else:
+        print("MFU n/a: no bf16 peak of this device in models/gpus.py" if not gpu else "MFU n/a: the peaks are bf16's")
+    print(f"{args.precision}, {'compiled' if args.compile else 'eager'}, {args.optimizer}, ", end="")
+    print(f"{args.rounds} rounds of {args.steps} steps")
+    print("FLOPs a token = 6·(parameters without the input embedding, a tied head counted) + 12·L·H·N·T")
+    print("documents: four to eight a row, attention counted over the full row; all others one document a row")
+    print("transformers, litgpt: the same shape without QK-norm; causal: its mask left out, see make_llama")
+    print("ratio: tokens/s over those of transformers' fastest variant")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--sizes", nargs="+", default=["125m", "1b", "c4-130m", "c4-1b"], choices=list(sizes.SIZES))
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--micro-rows", type=int, help="rows in a forward pass; default: the plan's")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="that count, of each variant in each round")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on CUDA")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="of our side")
+    parser.add_argument("--variants", nargs="+", default=[""], metavar="WORDS", help="those that contain one of these")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a JSON line for each line of the table")
+    args = parser.parse_args()
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    return args
+
+
+def prepare_torch() -> None:
+    """The allocator as in training, and no silent step back from compiled to eager."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch._dynamo.config.recompile_limit = 64  # shapes and masks of one size, however often its rows are halved
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def main() -> int:
+    """Measure and print; 1 when a variant of ours did not work."""
+    args = parse()
+    prepare_torch()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    gpu = gpus.named_by(name)
+    print_heading(args, gpu)
+    no_litgpt = why_no_litgpt()
+    print(f"litgpt: {no_litgpt or importlib.metadata.version('litgpt')}")
+    variants = all_variants(args.compile, litgpt=no_litgpt is None)
+    variants = [variant for variant in variants if any(words in variant.name for words in args.variants)]
+    versions = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    asked = {key: getattr(args, key) for key in ("seq_len", "precision", "optimizer", "rounds", "steps")}
+    lines: list[Line] = []
+    for size in args.sizes:
+        setting = make_setting(size, args)
+        print(f"\n{describe(size, setting)}", flush=True)
+        lines += make_lines(size, setting, measure(setting, variants, args.rounds, args.steps), gpu)
+        print_table([line for line in lines if line.size == size])
+        if args.json:  # after every size, for a run that is cut off
+            args.json.write_text("".join(json.dumps(versions | asked | asdict(line)) + "\n" for line in lines))
+    return int(any(line.trouble and line.variant.startswith("ours") for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
