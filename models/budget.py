@@ -250,11 +250,11 @@ def head_bytes(config: ModelConfig, tokens: int, bytes_per_value: int, *, chunk:
 
     What they keep (:func:`head_kept_bytes`) and the larger of two: in the forward pass one chunk of C tokens, C·V
     logits and their gradient, b + b bytes each when compiled, eager with fp32 temporaries as well (10 in
-    bf16, 8 in fp32), the gradient of the chunk before, b, and in bf16 the head's weight and the product that is
-    added to d_weight, 2 + 2 bytes each; in the backward pass the scaled d_weight and d_hidden.
+    bf16, 8 in fp32), and in bf16 the head's weight and the product that is added to d_weight, 2 + 2 bytes
+    each; in the backward pass the scaled d_weight and d_hidden.
     """
     matrix = config.vocab * config.width
-    a_logit = logit_bytes(bytes_per_value, compiled=compiled) + (bytes_per_value if tokens > chunk else 0)
+    a_logit = logit_bytes(bytes_per_value, compiled=compiled)
     forward = min(tokens, chunk) * config.vocab * a_logit + (4 * matrix if bytes_per_value == 2 else 0)
     kept = head_kept_bytes(config, tokens, bytes_per_value)
     return kept + max(forward, kept)

@@ -296,6 +296,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if d_hidden_MD is not None and d_weight_VD is not None:
                     torch.mm(d_logits, weight, out=d_hidden_MD[part])
                     _accumulate(d_weight_VD, d_logits, hidden_MD[part])
+                del logits, d_logits  # before the next chunk's are made
         ctx.save_for_backward(d_hidden_MD, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll)

@@ -42,7 +42,7 @@ def _main() -> None:
 
     command = parse(TrainCommand, sys.argv[1:], prog="python train.py", description=DESCRIPTION)
     if command.plan:
-        from train.plan import print_plan
+        from train.plan_table import print_plan
 
         print_plan(command)
         return

@@ -5,7 +5,7 @@ the few methods of :class:`Engine` and do not ask which it is.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -70,7 +70,14 @@ class Engine:
         return raw, model, make_optimizers(raw)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """A block for forward and backward of a micro-batch; gradients are exchanged in the last one."""
+        """A block for forward and backward of a micro-batch; gradients are exchanged in the last one.
+
+        Under FSDP2 they are cut up after every one: whole gradients would not fit where weights have to be
+        sharded. Only the sum over replicas (HSDP) waits for the last.
+        """
+        if isinstance(self.raw, FSDPModule):
+            self.raw.set_requires_all_reduce(last)
+            return nullcontext()
         return self.fabric.no_backward_sync(self.model, enabled=not last)
 
     def backward(self, loss: Tensor) -> None:

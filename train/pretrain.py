@@ -135,7 +135,7 @@ def _pretrain(
             raise UserError(
                 f"the shards of {settings.data} are not those the run began with; put them back, or start anew"
             )
-        tokenizer = _tokenizer(settings, config, corpus, run, origin, console)
+        tokenizer = _tokenizer(settings, config, corpus, run, origin, console) if run.writes else Tokenizer(run.tokenizer)
 
     # Model
     device = fabric.device

@@ -1,10 +1,10 @@
 """Run a training command again and again, killing it, until it is finished.
 
-Started as a program of its own with one JSON argument: ``argv`` of the command, the ``run`` folder, and ``attempts``:
-each has more ``argv``, its ``world`` of ranks, and a ``step`` and ``signal`` to kill all ranks with, or a ``rank`` and
-the ``operation`` of writing checkpoints at which it is killed; the last attempt has none.
-``rows``: a folder that every rank appends to what rows it took. The modules are imported once; each rank of
-each attempt is a fork, so that an attempt costs a fraction of a second instead of the imports.
+Started as a program of its own with one JSON argument: ``argv`` of the command and ``attempts``. Each of these has more
+``argv``, its ``run`` folder, its ``world`` of ranks (``devices`` of them a node), and a ``step`` and ``signal`` to kill
+all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it is killed. ``rows``: a folder that
+every rank appends to what rows it took. The modules are imported once; each rank of each attempt is a fork, so
+that an attempt costs a fraction of a second instead of the imports.
 """
 
 import contextlib
@@ -24,15 +24,17 @@ def last_step(metrics: Path) -> int:
     return 0
 
 
-def start(argv: list[str], rank: int, world: int, port: int, rows: str | None, operation: int | None) -> int:
-    """Start a rank of the command in a child; returns its process id."""
+def start(
+    argv: list[str], rank: int, world: int, devices: int, port: int, rows: str | None, operation: int | None
+) -> int:
+    """Start a rank of the command in a child, as if on nodes with so many devices; returns its process id."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         sys.argv = ["train.py", *argv]
         if world > 1:
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
+            where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % devices, "LOCAL_WORLD_SIZE": devices}
+            where |= {"GROUP_RANK": rank // devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in where.items()})
         code = 1
         try:
@@ -88,23 +90,27 @@ def die_at(operation: int) -> None:
 def attempt(plan: dict, one: dict, metrics: Path) -> list[int]:
     """Start all ranks, kill them where that is planned, and wait; returns their exit codes.
 
-    When one dies by a signal the others are killed too, as a launcher does.
+    When one fails the others are killed too, as a launcher does: at once after a kill, else when they have had time
+    to say what happened to them.
     """
-    argv, world, rows = [*plan["argv"], *one["argv"]], one.get("world", 1), plan.get("rows")
+    argv, world, rows = [*plan["argv"], "--run", one["run"], *one["argv"]], one.get("world", 1), plan.get("rows")
     kill = None if one.get("step") is None else (one["step"], one["signal"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     fatal = [one.get("operation") if one.get("rank") == rank else None for rank in range(world)]
-    ranks = [start(argv, rank, world, port, rows, operation) for rank, operation in enumerate(fatal)]
+    devices = one.get("devices", world)
+    ranks = [start(argv, rank, world, devices, port, rows, operation) for rank, operation in enumerate(fatal)]
     time.sleep(0.05)  # a forked Python drops signals that come before it has settled; a started one does not
     codes: dict[int, int] = {}
+    end: float | None = None
     while len(codes) < world:
         for child in set(ranks) - codes.keys():
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
-        if any(code == -signal.SIGKILL for code in codes.values()):
+        end = end or (time.monotonic() + 8 * any(code > 0 for code in codes.values()) if any(codes.values()) else None)
+        if end is not None and time.monotonic() > end and not all(code > 128 for code in codes.values()):
             for child in set(ranks) - codes.keys():
                 os.kill(child, signal.SIGKILL)
         if kill is not None and not codes and last_step(metrics) >= kill[0]:
@@ -129,8 +135,8 @@ def main() -> None:
     if any("deepspeed" in word for one in plan["attempts"] for word in one["argv"]):
         import train.deepspeed  # noqa: F401
 
-    metrics = Path(plan["run"]) / "metrics.jsonl"
     for one in plan["attempts"]:
+        metrics = Path(one["run"]) / "metrics.jsonl"
         began = last_step(metrics)
         codes = attempt(plan, one, metrics)
         print(json.dumps({"from": began, "to": last_step(metrics), "codes": codes}), flush=True)

@@ -33,11 +33,11 @@ def rows_seen(folder: Path) -> dict[int, str]:
     return seen
 
 
-def train(folder: Path, corpus: Path, model: Path, attempts: list[dict], *argv: str) -> list[dict]:
+def train(folder: Path, corpus: Path, model: Path, attempts: list[dict]) -> list[dict]:
     (folder / "rows").mkdir(parents=True)
-    words = [*RUN, "--run", str(folder / "run"), "--data", str(corpus), "--init", str(model), *argv]
-    plan = {"argv": words, "run": str(folder / "run"), "attempts": attempts, "rows": str(folder / "rows")}
-    return kill_and_resume(plan)
+    words = [*RUN, "--data", str(corpus), "--init", str(model)]
+    attempts = [{"run": str(folder / "run")} | attempt for attempt in attempts]
+    return kill_and_resume({"argv": words, "attempts": attempts, "rows": str(folder / "rows")})
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from models.sizes import SIZES, ModelConfig, size
 from models.transformer import Transformer
 from tests.conftest import ROOT
 from train.optimizer import make_optimizers
-from train.plan import Job, Machine, choose, describe, fits, job_of, machine_of, memory, warn_if_too_big
+from train.plan import Job, Machine, choose, fits, job_of, memory, warn_if_too_big
+from train.plan_table import describe, machine_of
 from train.settings import OptimizerSettings, TrainCommand, model_config, resolve
 
 # Against two processes

@@ -20,8 +20,8 @@ RUN = f"""
 
 def run(folder: Path, data: Path, model: Path, attempts: list[dict]) -> list[dict]:
     """Train in ``folder`` with the given attempts (see kill_and_resume.py); returns how each ended."""
-    argv = [*RUN, "--run", str(folder), "--data", str(data), "--init", str(model)]
-    return kill_and_resume({"argv": argv, "run": str(folder), "attempts": attempts})
+    argv = [*RUN, "--data", str(data), "--init", str(model)]
+    return kill_and_resume({"argv": argv, "attempts": [{"run": str(folder)} | attempt for attempt in attempts]})
 
 
 def what_it_computed(folder: Path) -> tuple[list, bytes]:

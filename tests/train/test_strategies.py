@@ -1,11 +1,15 @@
-"""Every strategy computes what one process does: losses, weights and checkpoints."""
+"""Every strategy computes what one process does."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.sizes import adapt, size
+from models.transformer import initial_weight
 from tests.conftest import kill_and_resume
+from train.checkpoint import read_weights
 
 STEPS = 30
 RUN = f"""
@@ -14,68 +18,93 @@ RUN = f"""
 --log.tensorboard false --loader.streams 8 --micro-batch 4
 """.split()
 
+ADAMW = ""
+MUON_32 = "--optimizer.name muon --optimizer.newton-schulz 32"
+MUON_16 = "--optimizer.name muon --optimizer.newton-schulz bf16"
+
+VARIANTS = [
+    # strategy, ranks, optimiser, more settings (4 rows of 16 are two micro-batches on two ranks), tolerance
+    ("ddp", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("ddp", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("ddp", 2, ADAMW, "--activation-checkpointing selective", 1e-5),
+    ("ddp", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("ddp", 2, MUON_32, "", 1e-5),
+    ("ddp", 2, MUON_16, "", 1e-3),
+    ("fsdp", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("fsdp", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("fsdp", 2, ADAMW, "--activation-checkpointing selective", 1e-5),
+    ("fsdp", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("fsdp", 2, MUON_32, "", 1e-5),
+    ("fsdp", 2, MUON_16, "", 1e-3),
+    ("hsdp", 4, ADAMW, "--micro-batch 2", 1e-5),
+    ("hsdp", 4, MUON_32, "", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("deepspeed-3-offload", 2, ADAMW, "--micro-batch 4", 1e-5),
+]
+
 
 def losses(folder: Path) -> list[float]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if "loss" in record]
 
 
-def train(folder: Path, argv: list[str], world: int) -> list[float]:
-    """Losses of a run on so many ranks."""
-    plan = {"argv": [*RUN, "--run", str(folder), *argv], "run": str(folder), "attempts": [{"argv": [], "world": world}]}
-    (end,) = kill_and_resume(plan)
-    assert end["codes"] == [0] * world, end["log"][-3000:]
-    found = losses(folder)
-    assert len(found) == STEPS
-    return found
+@pytest.fixture(scope="module")
+def found(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of every variant and of one process alone, all run by one program."""
+    base = tmp_path_factory.mktemp("strategies")
+    attempts = [
+        {"run": str(base / optimizer), "argv": optimizer.split(), "world": 1}
+        for optimizer in (ADAMW or "--optimizer.name adamw", MUON_32, MUON_16)
+    ]
+    for strategy, world, optimizer, argv, _ in VARIANTS:
+        words = ["--strategy", strategy, *optimizer.split(), *argv.split()]
+        attempts.append({"run": str(base / " ".join(words)), "argv": words, "world": world})
+        if strategy == "hsdp":
+            attempts[-1]["devices"] = 2
+    ends = kill_and_resume({"argv": [*RUN, "--data", str(corpus), "--init", str(micro_model)], "attempts": attempts})
+    for attempt, end in zip(attempts, ends, strict=True):
+        assert end["codes"] == [0] * attempt["world"], end["log"][-3000:]
+    return {Path(attempt["run"]).name: losses(Path(attempt["run"])) for attempt in attempts}
+
+
+@pytest.mark.parametrize(("strategy", "world", "optimizer", "argv", "tolerance"), VARIANTS)
+def test_the_losses_are_those_of_one_process(strategy, world, optimizer, argv, tolerance, found) -> None:
+    name = " ".join(["--strategy", strategy, *optimizer.split(), *argv.split()])
+    expected = found[optimizer or "--optimizer.name adamw"]
+    assert len(expected) == len(found[name]) == STEPS
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found[name], expected, strict=True))
+    print(f"{name}: {worst:.1e}")
+    assert worst < tolerance
+
+
+STRATEGIES = ("ddp", "fsdp", "deepspeed-2", "deepspeed-3")
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Losses of one process, by further arguments."""
-    known: dict[tuple[str, ...], list[float]] = {}
-
-    def run(*argv: str) -> list[float]:
-        if argv not in known:
-            folder = tmp_path_factory.mktemp("alone") / "run"
-            known[argv] = train(folder, ["--data", str(corpus), "--init", str(micro_model), *argv], 1)
-        return known[argv]
-
-    return run
-
-
-MUON = ("--optimizer.name", "muon")
-MUON_32 = (*MUON, "--optimizer.newton-schulz", "32")
-MUON_16 = (*MUON, "--optimizer.newton-schulz", "bf16")
+def first_weights(corpus: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Weights that each strategy begins with, after a step at a rate of nothing."""
+    base = tmp_path_factory.mktemp("first")
+    argv = f"""--size tiny --model.vocab 512 --tokens 512 --batch-tokens 512 --seq-len 32 --device cpu --precision 32
+        --optimizer.lr 1e-12 --eval.every 0 --log.tensorboard false --loader.streams 8 --data {corpus}
+        --tokenizer {tokenizer.folder}""".split()
+    attempts = [{"run": str(base / strategy), "argv": ["--strategy", strategy], "world": 2} for strategy in STRATEGIES]
+    ends = kill_and_resume({"argv": argv, "attempts": attempts})
+    assert [end["codes"] for end in ends] == [[0, 0]] * len(STRATEGIES), ends[0]["log"][-3000:]
+    return {name: read_weights(base / name / "checkpoints" / "step-0000001") for name in STRATEGIES}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "world", "optimizer", "argv", "tolerance"),
-    [
-        ("ddp", 2, (), "--micro-batch 8", 1e-5),
-        ("ddp", 2, (), "--micro-batch 4", 1e-5),  # accumulation 2
-        ("ddp", 2, (), "--activation-checkpointing full", 1e-5),
-        ("ddp", 2, MUON_32, "", 1e-5),
-        ("ddp", 2, MUON_16, "", 1e-3),
-        ("fsdp", 2, (), "--micro-batch 8", 1e-5),
-        ("fsdp", 2, (), "--micro-batch 4", 1e-5),
-        ("fsdp", 2, (), "--activation-checkpointing selective", 1e-5),
-        ("fsdp", 2, (), "--activation-checkpointing full", 1e-5),
-        ("fsdp", 2, MUON_32, "", 1e-5),
-        ("fsdp", 2, MUON_16, "", 1e-3),
-        ("deepspeed-2", 2, (), "--micro-batch 8", 1e-5),
-        ("deepspeed-2", 2, (), "--micro-batch 4", 1e-5),
-        ("deepspeed-3", 2, (), "--micro-batch 8", 1e-5),
-        ("deepspeed-3", 2, (), "--micro-batch 4 --activation-checkpointing full", 1e-5),
-        ("deepspeed-3-offload", 2, (), "--micro-batch 4", 1e-5),
-    ],
-)
-def test_the_losses_are_those_of_one_process(
-    strategy, world, optimizer, argv, tolerance, alone, corpus, micro_model, tmp_path
-) -> None:
-    expected = alone(*optimizer)
-    words = ["--data", str(corpus), "--init", str(micro_model), "--strategy", strategy, *optimizer, *argv.split()]
-    found = train(tmp_path / "run", words, world)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
-    print(f"{strategy} {argv}: {worst:.1e}")
-    assert worst < tolerance
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_first_weights_are_drawn_as_intended(strategy: str, first_weights) -> None:
+    """Under ZeRO-3 parameters are empty when they are filled, and an assignment would go nowhere."""
+    config = adapt(size("tiny").config, vocab=512)
+    weights = first_weights[strategy]
+    assert len(weights) == 2 + config.layers * 8
+    for name, weight in weights.items():
+        assert torch.allclose(weight, initial_weight(name, weight.shape, config, seed=0), atol=1e-7)
+    assert weights["embedding.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert weights["blocks.3.ffn.down.weight"].std().item() == pytest.approx(0.02 / 12**0.5, rel=0.02)
