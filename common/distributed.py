@@ -95,7 +95,8 @@ def tell_failure(error: BaseException) -> bool:
     """Leave word for the other ranks that this one failed, and why; see :func:`lost_to`.
 
     Returns:
-        Whether that is news: False when another rank has said the very same before.
+        Whether that is news: False when another rank has said the very same before, or rank 0, which keeps
+        what is said, has failed and said so itself.
     """
     store = _store()
     if store is None:
@@ -103,8 +104,8 @@ def tell_failure(error: BaseException) -> bool:
     reason = f"{type(error).__name__}: {error}"
     try:
         first = store.compare_set("failure", "", f"rank {dist.get_rank()}: {reason}").decode(errors="replace")
-    except Exception:  # rank 0, which keeps the store, is gone: nobody is left to tell
-        return True
+    except Exception:  # the store is gone, and rank 0 with it
+        return False
     return bool(first == f"rank {dist.get_rank()}: {reason}" or not first.endswith(f": {reason}"))
 
 

@@ -97,6 +97,10 @@ class Block(nn.Module):
             return cast(Tensor, checkpoint(self._whole, x_BTD, rotary, mask, use_reentrant=False))
         return self._whole(x_BTD, rotary, mask)
 
+    def compile_forward(self) -> None:
+        """Compile what the block computes."""
+        self._whole = torch.compile(self._whole, dynamic=False)  # type: ignore[method-assign]
+
     def _whole(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
         if self.checkpointing == "selective" and torch.is_grad_enabled():
@@ -151,10 +155,11 @@ class Transformer(nn.Module):
         """Compile each block and the loss of a chunk.
 
         All blocks are the same code over the same shapes, so one compilation serves them all: seconds
-        where compiling the whole model takes minutes.
+        where compiling the whole model takes minutes. What wraps a block stays outside of it: the hooks by
+        which FSDP2 and ZeRO gather its weights, and the recomputation of whole blocks.
         """
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile_forward()
         self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
     def forward(

@@ -46,6 +46,8 @@ def test_every_folder_is_explained() -> None:
 
 
 SMALLER = {
+    "--plan": "",
+    "consolidate": "",
     "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
     "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
     "data tokenizer": "--vocab 512",
@@ -70,9 +72,11 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
             program, *words = shlex.split(line)
             assert program == ".venv/bin/python"
             smaller = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
+            if "--devices" in words and smaller:
+                smaller += ["--devices", "2"]
             if "--init" in words:
                 smaller = smaller[smaller.index("--tokens") :]  # the shape and the tokenizer come with the weights
-            if "train.py" in line and "--run" not in words:
+            if "train.py" in line and smaller and "--run" not in words:
                 smaller += ["--run", f"runs/{number}"]  # the names of these runs come from the size, here the same
             words = [str(ROOT / word) if word == "train.py" else word for word in words]
             done = run_command(*words, *smaller, environment=environment, folder=tmp_path)

@@ -164,7 +164,7 @@ def make_engine(
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Memory on ``device`` for a model on the meta device. A tied weight stays one (``to_empty`` alone makes it two)."""
+    """Memory on ``device`` for a model on the meta device; a tied weight stays one, which ``to_empty`` makes two."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

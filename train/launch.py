@@ -192,7 +192,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for the ranks to end; kills those that outlive a failed one by too long."""
     failed: subprocess.Popen[bytes] | None = None
     end = 0.0
-    while any(rank.poll() is None for rank in ranks):
+    while [rank for rank in ranks if rank.poll() is None]:  # asks every one: any() would stop at the first
         if failed is None:
             failed = next((rank for rank in ranks if _has_failed(rank)), None)
             end = time.monotonic() + GRACE_SECONDS

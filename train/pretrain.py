@@ -135,7 +135,9 @@ def _pretrain(
             raise UserError(
                 f"the shards of {settings.data} are not those the run began with; put them back, or start anew"
             )
-        tokenizer = _tokenizer(settings, config, corpus, run, origin, console) if run.writes else Tokenizer(run.tokenizer)
+        if run.writes:
+            _place_tokenizer(settings, config, corpus, run, origin, console)
+        tokenizer = Tokenizer(run.tokenizer)
 
     # Model
     device = fabric.device
@@ -285,12 +287,12 @@ def _warn_of_decay(state: dict[str, Any], settings: TrainSettings, run: RunFolde
         )
 
 
-def _tokenizer(
+def _place_tokenizer(
     settings: TrainSettings, config: ModelConfig, corpus: Corpus, run: RunFolder, origin: Origin, console: Console
-) -> Tokenizer:
-    """The run's tokenizer: its own from before, the prepared data's, the given one, or a new one."""
+) -> None:
+    """Put the run's tokenizer in its place: its own from before, the prepared data's, the given one, or a new one."""
     if run.config.exists() and (run.tokenizer / "tokenizer.json").exists():
-        return Tokenizer(run.tokenizer)
+        return
     given = find_tokenizer(settings.tokenizer, cache_folder()) if settings.tokenizer else origin.tokenizer
     for source in corpus.sources:
         if isinstance(source, PreparedSource):
@@ -321,7 +323,6 @@ def _tokenizer(
     if given.folder != run.tokenizer:
         with new_folder(run.tokenizer) as folder:
             given.copy_to(folder)
-    return Tokenizer(run.tokenizer)
 
 
 def _build(config: ModelConfig, settings: TrainSettings, fit_plan: Fit, device: torch.device) -> Transformer:

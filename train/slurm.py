@@ -71,6 +71,14 @@ class Request:
 register_type(Request, serializer=str, deserializer=Request.parse)
 
 
+def seconds(limit: str) -> int:
+    """A time limit in SLURM's words: minutes, minutes:seconds, h:m:s, days-h, days-h:m or days-h:m:s."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
 def requeue(environment: Mapping[str, str]) -> None:
     """Ask SLURM to run this job again from the start of its script; outside SLURM nothing happens.
 

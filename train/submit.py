@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import write_text
 from common.settings import parse, read_yaml
 from train.settings import TrainCommand, model_config, resolve, run_name, run_path, run_settings, share_of_rows
-from train.slurm import Request
+from train.slurm import Request, seconds
 from train.snapshot import CHECKOUT, take_snapshot
 
 TEMPLATE = CHECKOUT / "slurm" / "train.sbatch"
@@ -54,12 +54,13 @@ class Script:
 
     def with_variables(self, values: Mapping[str, str]) -> "Script":
         """The script with these values for the shell variables that it sets."""
-        text = self.text
+        lines = self.text.splitlines()
         for name, value in values.items():
-            text, count = re.subn(rf"^{name}=.*$", lambda _, set=f"{name}={value}": set, text, flags=re.M)
-            if count != 1:
+            places = [number for number, line in enumerate(lines) if line.startswith(f"{name}=")]
+            if len(places) != 1:
                 raise UserError(f"{TEMPLATE} must set {name}= on one line of its own, for --slurm fills it in")
-        return Script(text)
+            lines[places[0]] = f"{name}={value}"
+        return Script("\n".join(lines) + "\n")
 
 
 def submit(command: TrainCommand, argv: Sequence[str]) -> None:
@@ -135,6 +136,7 @@ def _check(command: TrainCommand, run: Path, script: Script) -> None:
     for flag, value in (("devices", command.devices), ("nodes", command.nodes)):
         if value is not None:
             raise UserError(f"--{flag} and --slurm both say how many processes there are; leave --{flag} out")
+    _check_limit(script.options)
     settings, stored = run_settings(command), run / "config.yaml"
     if not stored.exists():
         resolve(settings, model_config(settings), script.world_size)
@@ -142,6 +144,18 @@ def _check(command: TrainCommand, run: Path, script: Script) -> None:
     before = read_yaml(stored)
     batch, seq_len = settings.batch_tokens or before["batch_tokens"], settings.seq_len or before["seq_len"]
     share_of_rows(batch, seq_len, script.world_size)
+
+
+def _check_limit(options: Mapping[str, str]) -> None:
+    """A job that is told to stop before its first step would queue again for ever."""
+    lead, limit = re.fullmatch(r"USR1@(\d+)", options.get("signal", "")), options.get("time", "")
+    if lead is None or not re.fullmatch(Request.KEYS["time"][1], limit):
+        return
+    if seconds(limit) <= int(lead[1]) + 60:
+        raise UserError(
+            f"a time limit of {limit} leaves no time to train: SIGUSR1 comes {lead[1]} s before its end, and SLURM may "
+            "be a minute early; give a longer time= or a shorter signal="
+        )
 
 
 def _refuse_second_job(run: Path) -> None:

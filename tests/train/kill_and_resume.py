@@ -1,10 +1,10 @@
 """Run a training command again and again, killing it, until it is finished.
 
 Started as a program of its own with one JSON argument: ``argv`` of the command and ``attempts``. Each of these has more
-``argv``, its ``run`` folder, its ``world`` of ranks (``devices`` of them a node), and a ``step`` and ``signal`` to kill
-all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it is killed. ``rows``: a folder that
-every rank appends to what rows it took. The modules are imported once; each rank of each attempt is a fork, so
-that an attempt costs a fraction of a second instead of the imports.
+``argv``, its ``run`` folder, its ``world`` of ranks (``devices`` of them a node), and a ``step`` and ``signal`` to
+kill all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it is killed. ``rows``: a
+folder that every rank appends to what rows it took. The modules are imported once; each rank of each attempt is a
+fork, so that an attempt costs a fraction of a second instead of the imports.
 """
 
 import contextlib

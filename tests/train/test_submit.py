@@ -15,7 +15,7 @@ from common import signals
 from common.errors import UserError
 from tests.conftest import ROOT, run_command
 from train.__main__ import main
-from train.slurm import Request
+from train.slurm import Request, requeue, seconds
 from train.snapshot import take_snapshot
 from train.submit import TEMPLATE, Script
 
@@ -74,6 +74,14 @@ def test_a_request_is_read_and_written_back() -> None:
     }
     without = Request.parse("gpus=0,tasks=2").options()
     assert without == {"gpus-per-node": None, "ntasks-per-node": "2"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("5", 300), ("5:30", 330), ("1:00:30", 3630), ("2-1", 176_400), ("2-1:30", 178_200), ("1-0:0:1", 86_401)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, expected: int) -> None:
+    assert seconds(limit) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,6 +152,7 @@ def test_what_cannot_work_is_not_submitted(site: Path, monkeypatch, capsys) -> N
 
     uneven = ("--batch-tokens", "5120", "--seq-len", "512", "--slurm")
     assert "10 rows of 512, which 4 devices cannot share evenly" in error(*uneven, "nodes=2,gpus=2")
+    assert "a time limit of 5 leaves no time to train: SIGUSR1 comes 300 s before" in error("--slurm", "time=5")
     assert "leave --devices out" in error("--devices", "2", "--slurm", "gpus=2")
     (site / "slurm.yaml").write_text("slurm: gpus=2\n")
     assert "not into the file of --config" in error("--config", str(site / "slurm.yaml"))
@@ -253,8 +262,6 @@ rank.run_rank(None, Place("alone", 0, 0, 1, 1))
     ],
 )
 def test_requeueing_says_what_came_of_it(site: Path, answer: str, said: str, capsys) -> None:
-    from train.slurm import requeue
-
     requeue({})
     install(site, "scontrol", answer)
     requeue({"SLURM_JOB_ID": "7"})
