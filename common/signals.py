@@ -53,5 +53,7 @@ def _record(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if _received is None:
         _received = signal.Signals(number)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            return  # rank 0 speaks for all
         text = f"\n{_received.name} received: saving after this step (Ctrl-C once more stops at once)\n"
         os.write(2, text.encode())  # print is not safe here: it may have been interrupted itself

@@ -48,6 +48,7 @@ def test_every_folder_is_explained() -> None:
 SMALLER = {
     "--plan": "",
     "consolidate": "",
+    "--slurm": "--size tiny --batch-tokens 2048 --seq-len 32",
     "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
     "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
     "data tokenizer": "--vocab 512",
@@ -67,7 +68,12 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     }
     commands = [line for line in COMMANDS if not line.startswith("make ")]
     with FakeHub({"allenai/c4": {"README.md": C4_CARD, **files, **chinese}}) as hub:
-        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+        sbatch = tmp_path / "bin" / "sbatch"  # tests/slurm has a real one
+        sbatch.parent.mkdir()
+        sbatch.write_text("#!/bin/sh\necho 42\n")
+        sbatch.chmod(0o755)
+        path = f"{sbatch.parent}:{os.environ['PATH']}"
+        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT), "PATH": path}
         for number, line in enumerate(sorted(commands, key=lambda line: "data tokenizer" not in line)):
             program, *words = shlex.split(line)
             assert program == ".venv/bin/python"

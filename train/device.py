@@ -153,4 +153,4 @@ def _fabric_strategy(settings: TrainSettings, place: Place, strategy: str, cuda:
         return ModelParallelStrategy(in_a_node, place.nodes, place.devices, **common)
     if place.world_size == 1:
         return "auto"
-    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, **common)
+    return DDPStrategy(gradient_as_bucket_view=True, **common)

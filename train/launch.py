@@ -84,7 +84,7 @@ def find_place(devices: int | None, nodes: int | None, environment: Mapping[str,
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
         world, local = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_WORLD_SIZE", 1))
         place = Place("torchrun", int(environment["RANK"]), int(environment["LOCAL_RANK"]), local, world // local)
-    elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:  # srun sets both, sbatch not
+    elif _is_srun(environment) and not _is_shell(environment, devices):
         local = _tasks_per_node(environment)
         rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
         place = Place("slurm", rank, local_rank, local, int(environment["SLURM_STEP_NUM_TASKS"]) // local)
@@ -103,6 +103,16 @@ def find_place(devices: int | None, nodes: int | None, environment: Mapping[str,
                 f"({place.nodes} nodes × {place.devices} processes); leave --{flag} out"
             )
     return place
+
+
+def _is_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process: it sets both variables, sbatch's script has the second alone."""
+    return {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= environment.keys()
+
+
+def _is_shell(environment: Mapping[str, str], devices: int | None) -> bool:
+    """Whether the one task of srun is a shell (``srun --pty bash``) in which ranks are yet to be started."""
+    return environment["SLURM_STEP_NUM_TASKS"] == "1" and (devices or 1) > 1
 
 
 def _tasks_per_node(environment: Mapping[str, str]) -> int:

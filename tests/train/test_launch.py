@@ -31,6 +31,8 @@ def test_each_launcher_is_known_by_its_variables() -> None:
     assert find_place(8, None, {}) == Place("alone", 0, 0, 8, 1)
     assert find_place(None, None, TORCHRUN) == Place("torchrun", 5, 1, 4, 2)
     assert find_place(4, 2, SRUN) == Place("slurm", 5, 1, 4, 2)
+    shell = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert find_place(8, None, shell) == Place("alone", 0, 0, 8, 1)
     assert find_place(None, None, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).launcher == "alone"
 
 
