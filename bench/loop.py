@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from bench.train_step import machine
 from common.console import Console
+from common.distributed import Job
 from common.run_folder import RunFolder
 from data.loader import Loader, Order
 from data.packing import Batch
@@ -36,11 +37,12 @@ from data.sources import Corpus, TextSource, open_source
 from data.tokenizer import Tokenizer, sample_texts, train_tokenizer
 from models import budget, sizes
 from models.sizes import ModelConfig
-from models.transformer import Transformer
+from models.transformer import Transformer, initial_weight
+from train.engine import Engine
 from train.loop import Training, fit
-from train.optimizer import make_optimizer
+from train.optimizer import make_adamw, make_optimizers
 from train.pretrain import PackedRows
-from train.settings import OptimizerSettings
+from train.settings import HealthSettings, OptimizerSettings
 
 SMALL = replace(sizes.size("15m").config, layers=2, width=128, heads=2, kv_heads=1, ffn=352, vocab=2048)
 """15m cut to a step of some tenths of a second on two CPU cores."""
@@ -66,7 +68,7 @@ class BareStep:
     def __init__(self, config: ModelConfig, device: torch.device, micro_rows: int) -> None:
         self._device, self._micro_rows = device, micro_rows
         self._model = make_model(config, device)
-        self._optimizer = make_optimizer(self._model, OPTIMIZER)
+        self._optimizer = make_adamw(list(self._model.parameters()), OPTIMIZER)
 
     def run(self, batches: list[Batch]) -> float:
         """Seconds for a step on each batch."""
@@ -101,8 +103,21 @@ def make_model(config: ModelConfig, device: torch.device) -> Transformer:
 def make_training(config: ModelConfig, device: torch.device, shape: Shape, batches: PackedRows, run: Path) -> Training:
     """The loop as pre-training calls it, but silent and without evaluation and checkpoints."""
     cuda = device.type == "cuda"
-    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if cuda else "32-true")
-    raw = make_model(config, device)
+
+    def build() -> Transformer:
+        raw = Transformer(config, seed=None)
+        if cuda:
+            raw.compile_parts()
+        return raw
+
+    engine = Engine(
+        Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if cuda else "32-true"),
+        Job(),
+        build=build,
+        values=lambda name, shape: initial_weight(name, shape, config, seed=0),
+        make_optimizers=lambda raw: make_optimizers(raw, OPTIMIZER, "bf16" if cuda else "32"),
+        spike=HealthSettings().spike,
+    )
     folder = RunFolder(run)
     folder.path.mkdir()
     folder.start_metrics(0, 0, tensorboard=True)
@@ -112,9 +127,7 @@ def make_training(config: ModelConfig, device: torch.device, shape: Shape, batch
         return loss, nll
 
     return Training(
-        fabric=fabric,
-        model=fabric.setup_module(raw),
-        optimizer=fabric.setup_optimizers(make_optimizer(raw, OPTIMIZER)),
+        engine=engine,
         batches=batches,
         objective=objective,
         rate=lambda before, tokens: 1e-4,
@@ -128,7 +141,7 @@ def make_training(config: ModelConfig, device: torch.device, shape: Shape, batch
         log_every=5,
         evaluate=lambda step: {},
         evaluate_every=0,
-        save=lambda progress: None,
+        save=lambda progress, wait: None,
         save_every=2**62,
     )
 

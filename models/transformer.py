@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         which FSDP2 and ZeRO gather its weights, and the recomputation of whole blocks.
         """
         for block in self.blocks:
-            block.compile_forward()
+            cast(Block, block).compile_forward()
         self._chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
     def forward(

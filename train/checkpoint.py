@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ class Checkpoints:
         if wait:
             self._write(path, step, tensors, state, config)
         else:
-            copy = self._stager.stage(tensors)
+            copy = cast(dict[str, Tensor], self._stager.stage(tensors))
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
             self._writing = self._writer.submit(self._write, path, step, copy, state, config)

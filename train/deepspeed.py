@@ -17,7 +17,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_full_optimizer_state, safe_set_local_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_local_optimizer_state as safe_set_local_state
-from lightning.fabric.strategies import DeepSpeedStrategy
+from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -197,7 +197,7 @@ class DeepSpeedEngine(Engine):
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _put(self, parameter: Any, value: Tensor, key: str | None) -> None:
         """Give a parameter's fp32 value, or with ``key`` one of its moments."""
         if self._stage == 2:
             value = value.to(parameter.device)

@@ -173,9 +173,10 @@ def _pretrain(
         return loss, nll
 
     def save(at: Progress, wait: bool) -> None:
+        taken = merge_states(job.gather(loader.state()))
         values = {
             "tokens": at.tokens,
-            "loader": merge_states(job.gather(loader.state())),
+            "loader": taken,
             "micro_rows": micro_rows,
             "fingerprints": fingerprints,
             "data": data,
@@ -184,9 +185,9 @@ def _pretrain(
         shape = to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
         wait = wait or not engine.asynchronous
         checkpoints.save(at.step, engine.tensors(), values, shape, wait=wait)
-        if values["loader"]["bad_shards"]:
-            names = ", ".join(values["loader"]["bad_shards"])
-            console.warn(f"{len(values['loader']['bad_shards'])} damaged shards passed over so far: {names}")
+        if taken["bad_shards"]:
+            names = ", ".join(taken["bad_shards"])
+            console.warn(f"{len(taken['bad_shards'])} damaged shards passed over so far: {names}")
 
     peak = budget.peak_flops(device_name(device)) if device.type == "cuda" else None
     flops = budget.flops_per_token(config, seq_len)
