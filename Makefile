@@ -27,8 +27,10 @@ demo: .venv/ready
 		print(f"transformers loads it: {type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")' \
 		$(DEMO_RUN)/model
 
+# Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,
+# because threads of several processes that wait for each other by spinning are many times slower.
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/ready
 	$(RUN) -m ruff check .
@@ -40,6 +42,7 @@ check: .venv/ready
 bench: .venv/ready
 	$(RUN) bench/train_step.py
 	$(RUN) bench/data.py
+	$(RUN) bench/checkpoint.py
 
 clean:
 	rm -rf .venv build *.egg-info

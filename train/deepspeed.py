@@ -55,6 +55,12 @@ def make_strategy(settings: TrainSettings, name: str, cuda: bool, common: dict[s
     }
     if settings.deepspeed_config is not None:
         config = _overlaid(config, _read_config(Path(settings.deepspeed_config)))
+        stage = config["zero_optimization"]["stage"]
+        if stage != zero["stage"]:
+            raise UserError(
+                f"--deepspeed-config {settings.deepspeed_config} asks for ZeRO stage {stage}, but --strategy {name} is "
+                f"stage {zero['stage']}; leave the stage out"
+            )
     return (DeepSpeedStrategy if cuda else _OnCpu)(config=config, **common)
 
 

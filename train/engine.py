@@ -137,7 +137,9 @@ class Engine:
                 # A step count is on the parameter's device, where fused AdamW keeps it.
                 value = torch.zeros_like(parameter) if like else torch.zeros(stored[full], device=self.device)
                 owner.state[parameter][full.removeprefix(prefix)] = value.detach()
-        return {name: tensor for name, tensor in self.tensors().items() if name in stored}
+        # DeepSpeed's checkpoints have no guard; everything else must be there.
+        missing = [name for name in self.guard.tensors() if name not in stored]
+        return {name: tensor for name, tensor in self.tensors().items() if name not in missing}
 
     def weights_to_load(self) -> dict[str, Tensor]:
         """The tensors that the weights alone are read into."""

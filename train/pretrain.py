@@ -230,6 +230,8 @@ def _pretrain(
             + (f"MFU against {peak / 1e12:,.0f} TFLOP/s dense bf16" if peak else "no peak is known, so no MFU"),
         },
     )
+    if device.type == "cuda" and job.world_size == 1 and torch.cuda.device_count() > 1:
+        console.say(f"one of {torch.cuda.device_count()} GPUs is used; --devices {torch.cuda.device_count()} takes all")
     _warn_of_decay(state, settings, run, console)
 
     # Train. Only from here on is anything of an earlier attempt changed.

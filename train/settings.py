@@ -234,6 +234,12 @@ class TrainCommand(TrainSettings):
     """Submit a SLURM job: nodes=4,gpus=8,time=24:00:00 (also tasks, cpus, mem, signal, partition, account, qos,
     constraint)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("explain", "gpu", "price"):
+            if getattr(self, name) and not self.plan:
+                raise ValueError(f"--{name} belongs to --plan; to choose what to train on use --device and --devices")
+
 
 def run_settings(command: TrainCommand) -> TrainSettings:
     """The settings of the run that a command asks for."""

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import UserError
 from common.settings import Count, parse
-from train.settings import TrainSettings, default_batch_tokens, model_config, resolve, run_path
+from train.settings import TrainCommand, TrainSettings, default_batch_tokens, model_config, resolve, run_path
 
 
 def read(*words: str) -> TrainSettings:
@@ -67,3 +67,27 @@ def test_seq_len_beyond_the_size_extends_the_context() -> None:
     settings = parse(TrainSettings, ["--size", "tiny", "--seq-len", "512"], prog="", description="")
     assert model_config(settings).context == 512
     assert resolve(settings, model_config(settings)).seq_len == Count(512)
+
+
+def test_what_only_a_plan_understands_is_refused_without_one() -> None:
+    with pytest.raises(ValueError, match="--gpu belongs to --plan"):
+        TrainCommand(gpu="h100-80g")
+
+
+def test_devices_must_share_the_batch() -> None:
+    settings = TrainSettings(size="tiny", batch_tokens=Count(6 * 256))
+    assert resolve(settings, model_config(settings), world=3).batch_tokens == 6 * 256
+    with pytest.raises(
+        UserError, match="6 rows of 256, which 4 devices cannot share evenly; .*--batch-tokens 1024 or 2048"
+    ):
+        resolve(settings, model_config(settings), world=4)
+    settings.micro_batch = 2
+    with pytest.raises(UserError, match="gives each of 2 devices 3 rows of 256, which --micro-batch 2 does not divide"):
+        resolve(settings, model_config(settings), world=2)
+
+
+def test_the_default_batch_is_one_that_the_devices_can_share() -> None:
+    settings = TrainSettings(size="tiny")
+    batch = resolve(settings, model_config(settings), world=6).batch_tokens
+    assert batch is not None
+    assert batch % (6 * 256) == 0

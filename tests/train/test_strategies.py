@@ -45,6 +45,11 @@ VARIANTS = [
     ("deepspeed-3", 2, ADAMW, "--micro-batch 4", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--activation-checkpointing full", 1e-5),
     ("deepspeed-3-offload", 2, ADAMW, "--micro-batch 4", 1e-5),
+    # bf16 rounds to 8 bits: these show that the mixed precision of each works, not that it is exact.
+    ("ddp", 2, ADAMW, "--precision bf16", 2e-3),
+    ("fsdp", 2, ADAMW, "--precision bf16", 2e-3),
+    ("deepspeed-2", 2, ADAMW, "--precision bf16", 2e-3),
+    ("deepspeed-3", 2, ADAMW, "--precision bf16", 2e-3),
 ]
 
 
