@@ -123,8 +123,6 @@ class Checkpoints:
             self._write(path, step, tensors, state, config)
         else:
             copy = cast(dict[str, Tensor], self._stager.stage(tensors))
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()
             self._writing = self._writer.submit(self._write, path, step, copy, state, config)
         return path
 

@@ -108,6 +108,10 @@ class Muon(torch.optim.Optimizer):
         return list(work(torch.stack(directions)))
 
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""torch 2.13 gave it a new name and warns of the old one."""
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; a view of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -122,7 +126,7 @@ def _by_owners(matrices: list[Tensor], work: Callable[[Tensor], Tensor]) -> list
     if mine:
         results[: len(mine)] = work(torch.stack(mine))
     everyones = matrices[0].new_empty((world * share, *matrices[0].shape))
-    dist.all_gather_into_tensor(everyones, results)
+    _all_gather(everyones, results)
     return [everyones[(number % world) * share + number // world] for number in range(len(matrices))]
 
 
