@@ -102,7 +102,7 @@ def main() -> None:
             if number:  # the first round allocates
                 for name, value in measured.items():
                     times[name].append(value)
-        checkpoints.close()
+        checkpoints.finish()
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, value in medians.items():
         print(f"{name:<20} {1e3 * value:>9.1f} ms {size / value / 1e9:>7.2f} GB/s")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from models import budget, gpus, sizes
 from models.sizes import adapt
 from models.transformer import Transformer
-from train.plan import Job, Machine, Memory, memory
+from train.plan import Machine, Memory, Workload, memory
 
 MICRO_BATCHES = 2
 WARM_UP = 2
@@ -38,7 +38,7 @@ WARM_UP = 2
 class Trial:
     """A model, its rows, and how it is trained."""
 
-    job: Job
+    job: Workload
     checkpointing: str
     rows: int
 
@@ -151,7 +151,7 @@ def trial_of(args: argparse.Namespace) -> Trial:
         gpu = gpus.here(properties.name, properties.total_memory)
     else:
         gpu = gpus.cpu(0)
-    job = Job(
+    job = Workload(
         adapt(config, context=max(config.context, seq_len)),
         Machine(gpu),
         rows=MICRO_BATCHES * args.rows,

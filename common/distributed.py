@@ -4,7 +4,6 @@ Talk between hosts (who stopped, where a run lies, which rows were read) goes th
 own: it must not wait for what is queued on a GPU, and takes plain Python values.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,8 +118,8 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, kinds) or any(sign in text for sign in signs)
 
 
-def lost_to() -> str:
-    """Which rank failed first and why, as far as it can be told: ``rank 3: ValueError: …``."""
+def lost_to() -> str | None:
+    """Which rank failed first and why, as far as it has been told: ``rank 3: ValueError: …``."""
     store = _store()
     end = time.monotonic() + LAST_WORDS_SECONDS
     while store is not None and time.monotonic() < end:
@@ -131,11 +130,13 @@ def lost_to() -> str:
             time.sleep(1)  # rank 0 speaks for itself; let it do so first
             return "rank 0 ended, see its error above"
         time.sleep(0.1)
-    return "another rank was killed, or its machine is gone"
+    return None
 
 
 def _store() -> Any:
     """The key-value store that the ranks met at; rank 0 keeps it."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return sys.modules["torch.distributed.distributed_c10d"]._get_default_store()
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

@@ -156,8 +156,10 @@ class Transformer(nn.Module):
 
         All blocks are the same code over the same shapes, so one compilation serves them all: seconds
         where compiling the whole model takes minutes. What wraps a block stays outside of it: the hooks by
-        which FSDP2 and ZeRO gather its weights, and the recomputation of whole blocks.
+        which FSDP2 gathers its weights, and the recomputation of whole blocks.
         """
+        # DDP would cut the blocks' graphs at its buckets. They are small enough to exchange gradients in between.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             cast(Block, block).compile_forward()
         self._chunk_loss = torch.compile(chunk_loss, dynamic=False)

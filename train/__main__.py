@@ -51,8 +51,9 @@ def _main() -> None:
 
         submit(command, sys.argv[1:])
         return
-    from train.launch import join
+    from train.launch import join, prepare_environment
 
+    prepare_environment()
     place = join(command.devices, command.nodes)
     from train.rank import run_rank
 

@@ -35,10 +35,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from common.distributed import Job
 from common.errors import UserError
 from common.files import empty_folder, readable_disk_errors, replace_folder, require_space, sync, write_json
+
+# One process alone is meant. For good, because filters of warnings are the whole process's, not a thread's.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -132,10 +136,9 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def close(self) -> None:
-        """Let the writing end, whatever comes of it."""
+    def finish(self) -> None:
+        """Let what is being written end, whatever comes of it."""
         self._writer.shutdown()
-        self._stager.close()
 
     def _write(
         self, path: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], config: dict[str, Any]
@@ -159,10 +162,10 @@ class Checkpoints:
         config: dict[str, Any],
     ) -> None:
         with self._together():
+            sizes = self._job.gather(sum(_local_bytes(tensor) for tensor in tensors.values()))
             if self._job.rank == 0:
                 empty_folder(temporary)
-                size = sum(_whole_bytes(tensor) for tensor in tensors.values())
-                require_space(self.folder, size + 2**20, f"the checkpoint of step {step}")
+                require_space(self.folder, sum(sizes) + 2**20, f"the checkpoint of step {step}")
         with self._together() as results, readable_disk_errors(path):
             self._write_tensors(temporary, tensors)
             results.append(_sync_and_sum(temporary, f"__{self._job.rank}_*.distcp"))
@@ -179,10 +182,9 @@ class Checkpoints:
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Each rank writes its shards; raises the first of the ranks' errors."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                writer = FileSystemWriter(folder, sync_files=False)
-                dcp_save(tensors, storage_writer=writer, process_group=self._job.group)
+            # Without copying ahead: that would wait for the GPU's stream, where the training runs, time and again.
+            writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+            dcp_save(tensors, storage_writer=writer, process_group=self._job.group)
         except CheckpointException as error:  # a BaseException around what happened
             raise next(iter(error.failures.values()))[0] from None
 
@@ -204,31 +206,16 @@ class Checkpoints:
             raise UserError(message) if known else RuntimeError(f"another rank could not save: {message}")
         results[:] = [result for _, _, gathered in outcomes for result in gathered]
 
-    def newest_good(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint whose files have their checksums; ``warn`` hears of each that has not."""
-        for step in sorted(self.steps(), reverse=True):
-            path = self.folder / f"step-{step:07d}"
-            damage = damaged(path)
-            if damage is None:
-                return path
-            warn(f"passing over the checkpoint {path}: {damage}")
-        return None
-
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in ascending order."""
-        names = [path.name for path in self.folder.glob("step-*")] if self.folder.exists() else []
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{7,}", name))
-
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints beyond ``step``: the run goes back there and will write its own."""
-        for later in (number for number in self.steps() if number > step):
+        for later in (number for number in steps_in(self.folder) if number > step):
             path = self.folder / f"step-{later:07d}"
             aside = self.folder / f"superseded-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 
     def _remove_old(self, newest: int) -> None:
-        steps = [step for step in self.steps() if step <= newest]
+        steps = [step for step in steps_in(self.folder) if step <= newest]
         for step in steps[: -self._keep]:
             if not self._keep_for_good(step):
                 # Renamed first, so that a kill in the middle leaves no half one under a good name.
@@ -236,6 +223,23 @@ class Checkpoints:
                 shutil.rmtree(condemned, ignore_errors=True)
                 (self.folder / f"step-{step:07d}").rename(condemned)
                 shutil.rmtree(condemned, ignore_errors=True)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a checkpoint in a folder of checkpoints, in ascending order."""
+    names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{7,}", name))
+
+
+def newest_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files have their checksums; ``warn`` hears of each that has not."""
+    for step in reversed(steps_in(folder)):
+        path = folder / f"step-{step:07d}"
+        damage = damaged(path)
+        if damage is None:
+            return path
+        warn(f"passing over the checkpoint {path}: {damage}")
+    return None
 
 
 def load(
@@ -268,9 +272,7 @@ def load(
     misfits = [name for name, tensor in tensors.items() if stored.get(name) != tensor.shape]
     if misfits:
         raise UserError(f"the checkpoint {path} is of another model: its {misfits[0]} is {stored.get(misfits[0])}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    dcp_load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     return state
 
 
@@ -284,9 +286,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if name.startswith("model.") and isinstance(tensor, TensorStorageMetadata)
     }
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_load(tensors, storage_reader=reader, no_dist=True)
+    dcp_load(tensors, storage_reader=reader, no_dist=True)
     return weights
 
 
@@ -335,9 +335,9 @@ def _sync_and_sum(folder: Path, pattern: str) -> dict[str, list[Any]]:
     return _checksums(folder, pattern)
 
 
-def _whole_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor on all ranks together."""
-    return tensor.numel() * tensor.element_size()
+def _local_bytes(tensor: Tensor) -> int:
+    """Bytes of this rank's part of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 class _Reader(FileSystemReader):

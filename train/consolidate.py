@@ -42,7 +42,6 @@ def consolidate(source: Path, out: Path | None = None) -> Path:
     from common.run_folder import RunFolder
     from data.tokenizer import Tokenizer
     from train import checkpoint
-    from train.checkpoint import Checkpoints
     from train.model_folder import write_model_folder
 
     if (source / "state.json").exists():
@@ -52,7 +51,7 @@ def consolidate(source: Path, out: Path | None = None) -> Path:
             raise UserError(f"the checkpoint {path} is damaged: {damage}")
     else:
         run = RunFolder(source)
-        newest = Checkpoints(run.checkpoints, keep=1).newest_good(lambda text: print(f"warning: {text}"))
+        newest = checkpoint.newest_good(run.checkpoints, lambda text: print(f"warning: {text}"))
         if newest is None:
             raise UserError(f"{source} is neither a checkpoint nor a run with a good one in checkpoints/")
         path = newest

@@ -24,21 +24,6 @@ STEP_TIMEOUT = timedelta(minutes=20)
 """The longest that ranks wait for each other within a step. Compiling takes minutes and not equally many on
 every node; a rank that hangs for longer is lost, and the job had better end and be started again."""
 
-ENVIRONMENT = {
-    # When a collective times out, write which one it was and which ranks had reached it.
-    "TORCH_FR_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    # The sizes of activations vary; segments that grow fragment less, so the memory plan holds.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-}
-"""For NCCL and the allocator; what the user has set stays."""
-
-
-def prepare_environment() -> None:
-    """Set :data:`ENVIRONMENT`; CUDA reads it when it is first used."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
 
 def choose_precision(settings: TrainSettings, place: Place) -> Any:
     """32 or bf16: bf16 where the device has instructions for it, for elsewhere it is slower than fp32."""
@@ -111,7 +96,9 @@ def choose_fit(settings: TrainSettings, config: ModelConfig, place: Place, devic
 
 
 def compiles(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether the model is compiled."""
+    """Whether the model is compiled; not under ZeRO-3, whose hooks on every layer would break the blocks' graphs."""
+    if settings.strategy.startswith("deepspeed-3"):
+        return False
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from common.distributed import Job
+from common.errors import UserError
 from train.health import Guard
 
 Values = Callable[[str, torch.Size], Tensor]
@@ -109,27 +110,52 @@ class Engine:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that training depends on, by name: ``model.NAME``, ``optimizer.NAME.KEY``, ``guard.KEY``."""
-        return self.weights() | self._moments() | self.guard.tensors()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights as ``model.NAME``."""
-        return {f"model.{name}": parameter.detach() for name, parameter in self.raw.named_parameters()}
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {
+        moments = {
             f"optimizer.{name}.{key}": value
-            for name, parameter in self.raw.named_parameters()
+            for name, parameter in self._named()
             for optimizer in self.optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
         }
+        return self.weights() | moments | self.guard.tensors()
+
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """This rank's share of :meth:`tensors`: its shards, and in turn with the others what all have whole."""
+        rank, world = self.job.rank, self.job.world_size
+        return {
+            name: tensor
+            for number, (name, tensor) in enumerate(self.tensors().items())
+            if isinstance(tensor, DTensor) or number % world == rank
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as ``model.NAME``."""
+        return {f"model.{name}": parameter.detach() for name, parameter in self._named()}
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that the optimisers know.
+
+        After a forward pass without a backward pass, an evaluation, FSDP2's outermost unit stays gathered: its
+        parameters are then other tensors, in bf16 where that is computed in.
+        """
+        for module in self.raw.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return list(self.raw.named_parameters())
 
     def tensors_to_load(self, stored: dict[str, torch.Size]) -> dict[str, Tensor]:
         """The tensors that a checkpoint with ``stored`` names and shapes is read into.
 
         The optimiser's state does not exist before its first step: it is made here, like the parameter
         where it has the parameter's shape, else whole on every rank.
+
+        Raises:
+            UserError: the optimiser's state is there for some parameters only.
         """
-        for name, parameter in self.raw.named_parameters():
+        named = {name for name, _ in self._named()}
+        with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in stored if "optimizer." in name}
+        if with_state and named - with_state:
+            raise UserError(f"the checkpoint is not whole: it has no optimiser state of {min(named - with_state)}")
+        for name, parameter in self._named():
             owner = next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
             prefix = f"optimizer.{name}."
             for full in (known for known in stored if known.startswith(prefix)):

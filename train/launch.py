@@ -26,6 +26,15 @@ GRACE_SECONDS = 15.0
 PORT = 29_400
 """Lowest port that ranks under SLURM meet at; a job adds its number, so that two jobs on a node differ."""
 
+ENVIRONMENT = {
+    # When a collective times out, write which one it was and which ranks had reached it.
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # The sizes of activations vary; segments that grow fragment less, so the memory plan holds.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""For NCCL and the allocator."""
+
 PARENT = "PALMTOP_PARENT"
 """Environment variable with the process id of the parent that watches a rank."""
 
@@ -54,6 +63,13 @@ class Place:
     def node(self) -> int:
         """Which of the nodes this is."""
         return self.rank // self.devices
+
+
+def prepare_environment() -> None:
+    """Set :data:`ENVIRONMENT`, before torch is imported, which reads it; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        if not (name == "PYTORCH_ALLOC_CONF" and "PYTORCH_CUDA_ALLOC_CONF" in os.environ):  # its older name
+            os.environ.setdefault(name, value)
 
 
 def join(devices: int | None, nodes: int | None) -> Place:
@@ -164,7 +180,7 @@ def run_ranks(devices: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    threads = max(1, _cores() // devices)
+    threads = max(1, cores_here() // devices)
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -213,7 +229,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.05)
-    code = next((rank.returncode for rank in [failed, *ranks] if rank is not None and rank.returncode), 0)
+    # Where all ended between two looks, 1 may be that of a rank that only lost the others.
+    telling = sorted(ranks, key=lambda rank: rank.returncode in (0, 1))
+    code = next((rank.returncode for rank in [failed, *telling] if rank is not None and rank.returncode), 0)
     return code if code >= 0 else 128 - code
 
 
@@ -223,5 +241,6 @@ def _has_failed(rank: subprocess.Popen[bytes]) -> bool:
     return rank.returncode is not None and rank.returncode not in (0, *stopped)
 
 
-def _cores() -> int:
+def cores_here() -> int:
+    """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

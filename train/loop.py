@@ -198,10 +198,12 @@ class _Steps:
             self._t.console.warn(f"step {outcome.step:,} skipped: loss {outcome.loss:.4g}, gradient norm {norm:.4g}")
         if self._skipped >= self._t.patience:
             self._meter.flush()
+            or_here = ", or here with a larger --health.spike" if math.isfinite(norm) else ""
+            last = _last_checkpoint(self._t.run)
             raise UserError(
                 f"{self._skipped} steps in a row were skipped, the last with loss {outcome.loss:.4g} and gradient norm "
-                f"{norm:.4g}: training has diverged. The last good checkpoint is {_last_checkpoint(self._t.run)}; "
-                "go on from it in a new run with --init and a lower --optimizer.lr, or here with another --health.spike"
+                f"{norm:.4g}: training has diverged. The last checkpoint from before is {last}; "
+                f"go on from it in a new run with --init and a lower --optimizer.lr{or_here}"
             )
 
 
@@ -226,7 +228,9 @@ def training_step(training: Training, rate: float, asks: list[float], watch: Sto
     t, engine = training, training.engine
     with watch.data():
         batch = t.batches.take(t.rows)
-    told = torch.tensor([batch.target_count, *asks], dtype=torch.float64, device=engine.device)
+    # From pinned memory: an ordinary copy to a GPU would wait for the step before.
+    told = torch.tensor([batch.target_count, *asks], dtype=torch.float64, pin_memory=engine.device.type == "cuda")
+    told = told.to(engine.device, non_blocking=True)
     engine.job.sum(told)
     # Ranks' gradients are averaged, so each takes its loss times their number.
     scale = (engine.job.world_size / told[0].clamp(min=1)).float()

@@ -117,7 +117,7 @@ class Asked(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """Everything that decides how a run may be spread and how much memory it takes."""
 
     config: ModelConfig
@@ -149,44 +149,31 @@ class Job:
         """Whether the blocks are compiled, as resolved."""
         return not self.machine.gpu.is_cpu if self.compiled is None else self.compiled
 
-    def rows_a_device(self) -> int:
-        """Each device's share of the batch; UserError with the nearest batches that can be shared."""
-        world = self.machine.world
-        if self.rows % world:
-            below = self.rows // world * world
-            near = " or ".join(str(rows * self.seq_len) for rows in (below, below + world) if rows)
-            raise UserError(
-                f"a batch of {self.rows * self.seq_len} tokens is {self.rows} rows of {self.seq_len}, which {world} "
-                f"devices cannot share evenly; use --batch-tokens {near}"
-            )
-        return self.rows // world
+    @property
+    def share(self) -> int:
+        """Rows of each device; UserError with the nearest batches that can be shared."""
+        return share_of_rows(self.rows * self.seq_len, self.seq_len, self.machine.world)
 
     def micro_batches(self) -> list[int]:
         """Rows that a forward pass may have, most first: divisors of a device's share, not beyond need."""
-        share = self.rows_a_device()
-        divisors = [rows for rows in range(share, 0, -1) if share % rows == 0]
         if self.micro_rows is not None:
-            if self.micro_rows not in divisors:
-                near = min(reversed(divisors), key=lambda rows: abs(rows - (self.micro_rows or 0)))
-                raise UserError(
-                    f"--micro-batch {self.micro_rows} does not divide the {share} rows of each device; use {near}"
-                )
+            check_micro_batch(self.micro_rows, self.share)
             return [self.micro_rows]
         most = max(1, ENOUGH_TOKENS[self.machine.kind] // self.seq_len)
-        return [rows for rows in divisors if rows <= most]
+        return [rows for rows in range(min(self.share, most), 0, -1) if self.share % rows == 0]
 
 
 def fits(config: ModelConfig, machine: Machine, **asked: Unpack[Asked]) -> list[Fit]:
     """The best way of running under each strategy, see :func:`ways`."""
-    return ways(Job(config, machine, **asked))
+    return ways(Workload(config, machine, **asked))
 
 
 def choose(config: ModelConfig, machine: Machine, **asked: Unpack[Asked]) -> Fit:
     """How to run, see :func:`best`."""
-    return best(Job(config, machine, **asked))
+    return best(Workload(config, machine, **asked))
 
 
-def ways(job: Job) -> list[Fit]:
+def ways(job: Workload) -> list[Fit]:
     """The best way of running under each strategy: the least recomputation and then the most rows that fit.
 
     Where nothing fits under a strategy, what comes nearest to it. Without a strategy asked for: every one
@@ -201,7 +188,7 @@ def ways(job: Job) -> list[Fit]:
     return [_best_under(job, name, levels, micro_batches) for name in names]
 
 
-def best(job: Job) -> Fit:
+def best(job: Workload) -> Fit:
     """How to run: as asked for, or of ddp, hsdp and fsdp the first that fits, else what needs least.
 
     ddp communicates least; hsdp keeps the gathering of weights within a node; fsdp needs the least memory.
@@ -224,7 +211,7 @@ def strategies(machine: Machine, optimizer: str = "adamw") -> tuple[str, ...]:
     return ours if optimizer == "muon" else (*ours, *zero)  # DeepSpeed brings its own optimiser
 
 
-def _best_under(job: Job, strategy: str, levels: tuple[str, ...], micro_batches: list[int]) -> Fit:
+def _best_under(job: Workload, strategy: str, levels: tuple[str, ...], micro_batches: list[int]) -> Fit:
     fit = None
     for checkpointing in levels:
         for rows in micro_batches:
@@ -235,13 +222,13 @@ def _best_under(job: Job, strategy: str, levels: tuple[str, ...], micro_batches:
     return fit
 
 
-def memory(job: Job, strategy: str, checkpointing: str, micro_rows: int) -> Memory:
+def memory(job: Workload, strategy: str, checkpointing: str, micro_rows: int) -> Memory:
     """Bytes on the fullest device at the peak of a step, which most often is the head's, after the last block.
 
     Gradients count in full there: they are, with several micro-batches or in ddp's buckets.
     """
     tokens, size = micro_rows * job.seq_len, job.value_bytes
-    kind, compiled = job.machine.kind, job.is_compiled
+    kind, compiled = job.machine.kind, job.is_compiled and not strategy.startswith("deepspeed-3")
     state = device_state(job, strategy)
     chunk = budget.HEAD_CHUNK[kind]
     logits = budget.head_bytes(job.config, tokens, size, chunk=chunk, compiled=compiled)
@@ -260,7 +247,7 @@ def memory(job: Job, strategy: str, checkpointing: str, micro_rows: int) -> Memo
     return Memory(state.weights, state.gradients, state.optimizer, activations, logits, buffers)
 
 
-def device_state(job: Job, strategy: str) -> State:
+def device_state(job: Workload, strategy: str) -> State:
     """Bytes of weights, gradients and optimiser on the fullest device.
 
     Exact for ddp, fsdp and hsdp (:func:`models.budget.state_bytes`). Roughly for DeepSpeed, whose ZeRO cuts one
@@ -276,7 +263,7 @@ def device_state(job: Job, strategy: str) -> State:
     return State(job.value_bytes * (count if strategy == "deepspeed-2" else part), 4 * part, 12 * part)
 
 
-def buffer_bytes(job: Job, strategy: str) -> int:
+def buffer_bytes(job: Workload, strategy: str) -> int:
     """Bytes of weights' copies and of communication; roughly, but for ddp.
 
     ddp: in bf16, autocast's copies of the blocks' weights, 2 bytes each, from forward to backward; its buckets
@@ -297,7 +284,7 @@ def buffer_bytes(job: Job, strategy: str) -> int:
     return whole + (bucket if strategy.startswith("deepspeed") else 0)
 
 
-def step_bytes(job: Job, strategy: str) -> int:
+def step_bytes(job: Workload, strategy: str) -> int:
     """Bytes that the optimiser's step needs beside its state: none for fused AdamW, roughly 10·L·2·F·D/W for Muon.
 
     Muon handles all matrices of a shape together, at worst gate and up: directions in fp32 and bf16, and
@@ -309,7 +296,7 @@ def step_bytes(job: Job, strategy: str) -> int:
     return 10 * largest // _shards(job, strategy)
 
 
-def _shards(job: Job, strategy: str) -> int:
+def _shards(job: Workload, strategy: str) -> int:
     """Devices that share the optimiser's state."""
     return {"ddp": 1, "hsdp": job.machine.devices}.get(strategy, job.machine.world)
 
@@ -349,14 +336,14 @@ def checkpoint_bytes(config: ModelConfig, optimizer: str) -> int:
     return state.weights + state.optimizer
 
 
-def job_of(settings: "TrainSettings", config: ModelConfig, machine: Machine) -> Job:
+def workload_of(settings: "TrainSettings", config: ModelConfig, machine: Machine) -> Workload:
     """What resolved settings ask for on a machine; precision is chosen as on that device."""
     assert settings.seq_len is not None
     assert settings.batch_tokens is not None
     precision = settings.precision
     if precision == "auto":
         precision = "32" if machine.gpu.is_cpu else "bf16"
-    return Job(
+    return Workload(
         config,
         machine,
         rows=settings.batch_tokens // settings.seq_len,
@@ -373,3 +360,23 @@ def job_of(settings: "TrainSettings", config: ModelConfig, machine: Machine) -> 
 def gb(count: float) -> str:
     """Bytes for people: ``2.10 GB``, ``47.2 MB``."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def share_of_rows(batch_tokens: int, seq_len: int, world: int) -> int:
+    """Rows of a global batch that each device gets; UserError with the nearest batches when it is no whole number."""
+    rows = batch_tokens // seq_len
+    if rows % world:
+        below = rows // world * world
+        near = " or ".join(str(count * seq_len) for count in (below, below + world) if count)
+        raise UserError(
+            f"a batch of {batch_tokens} tokens is {rows} rows of {seq_len}, which {world} devices cannot share evenly; "
+            f"use a number of devices that divides the rows, or --batch-tokens {near}"
+        )
+    return rows // world
+
+
+def check_micro_batch(rows: int, share: int) -> None:
+    """UserError with the nearest that does when a micro-batch does not divide a device's share of the rows."""
+    if share % rows:
+        near = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - rows))
+        raise UserError(f"--micro-batch {rows} does not divide the {share} rows of each device; use {near}")

@@ -17,14 +17,14 @@ from train.plan import (
     MEASURED_MFU,
     RESERVE,
     Fit,
-    Job,
     Machine,
+    Workload,
     best,
     checkpoint_bytes,
     gb,
-    job_of,
     tokens_per_second,
     ways,
+    workload_of,
 )
 from train.settings import TrainCommand, TrainSettings, model_config, resolve
 
@@ -55,8 +55,8 @@ def print_plan(command: TrainCommand) -> None:
         UserError: the settings contradict each other, the devices cannot share the batch, or no such GPU.
     """
     config = model_config(command)
-    settings = resolve(command, config)
     machine, why = machine_of(command)
+    settings = resolve(command, config, machine.world)
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     for section in describe(settings, config, machine, price=command.price, why=why):
         console.print(_rendered(section, command.explain))
@@ -108,7 +108,7 @@ def describe(
         price: dollars a device-hour.
         why: where the machine is known from.
     """
-    job = job_of(settings, config, machine)
+    job = workload_of(settings, config, machine)
     fit = best(job)
     others = [way for way in ways(replace(job, strategy="auto")) if way.strategy != fit.strategy]
     order = ("ddp", "hsdp", "fsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload")
@@ -177,7 +177,7 @@ def _run(settings: TrainSettings, config: ModelConfig) -> Section:
     )
 
 
-def _memory(job: Job, every: list[Fit], why: str) -> Section:
+def _memory(job: Workload, every: list[Fit], why: str) -> Section:
     machine, size = job.machine, job.value_bytes
     heading = "strategy weights gradients optimiser activations logits buffers total fits recompute rows".split()
     lines = []
@@ -207,7 +207,7 @@ def _memory(job: Job, every: list[Fit], why: str) -> Section:
     return Section(title, [Row(name, "", formula) for name, formula in formulas.items()], [heading, *lines])
 
 
-def _block_formula(job: Job) -> str:
+def _block_formula(job: Workload) -> str:
     """A block's bytes a token, in numbers."""
     attention = budget.attention_values(job.config, job.value_bytes, compiled=job.is_compiled)
     ffn = budget.ffn_values(job.config, job.value_bytes, compiled=job.is_compiled)
@@ -220,8 +220,8 @@ def _block_formula(job: Job) -> str:
     )
 
 
-def _chosen(job: Job, fit: Fit) -> Section:
-    world, share = job.machine.world, job.rows_a_device()
+def _chosen(job: Workload, fit: Fit) -> Section:
+    world, share = job.machine.world, job.share
     strategy = "one device" if world == 1 and fit.strategy == "ddp" else fit.strategy
     used = f"{gb(fit.memory.total)} of {gb(fit.room)}: {'fits' if fit.fits else 'DOES NOT FIT'}"
     micro = f"{fit.micro_rows} rows = {fit.micro_rows * job.seq_len:,} tokens a device"
@@ -237,7 +237,7 @@ def _chosen(job: Job, fit: Fit) -> Section:
     )
 
 
-def _time(settings: TrainSettings, job: Job, fit: Fit, price: float | None) -> Section:
+def _time(settings: TrainSettings, job: Workload, fit: Fit, price: float | None) -> Section:
     machine, gpu = job.machine, job.machine.gpu
     if gpu.peak is None or job.precision != "bf16":
         reason = f"no peak of {gpu.name} is known" if gpu.peak is None else "only peaks in bf16 are known"

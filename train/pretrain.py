@@ -36,11 +36,10 @@ from train.device import (
     compiles,
     device_name,
     make_fabric,
-    prepare_environment,
 )
 from train.engine import Engine, Values, make_engine
 from train.evaluate import Evaluator
-from train.launch import Place
+from train.launch import Place, cores_here
 from train.loop import Progress, Training, fit
 from train.model_folder import data_seen, write_model_folder
 from train.optimizer import make_optimizers
@@ -81,7 +80,6 @@ def pretrain(settings: TrainSettings, place: Place) -> signal.Signals | None:
     Raises:
         UserError: anything that the user can put right.
     """
-    prepare_environment()
     run = RunFolder(run_path(settings), writes=place.rank == 0)
     # Read by all ranks before any of them writes.
     settings = adopt_stored(settings, run)
@@ -184,7 +182,7 @@ def _pretrain(
         }
         shape = to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
         wait = wait or not engine.asynchronous
-        checkpoints.save(at.step, engine.tensors(), values, shape, wait=wait)
+        checkpoints.save(at.step, engine.tensors_to_save(), values, shape, wait=wait)
         if taken["bad_shards"]:
             names = ", ".join(taken["bad_shards"])
             console.warn(f"{len(taken['bad_shards'])} damaged shards passed over so far: {names}")
@@ -245,19 +243,22 @@ def _pretrain(
     try:
         stopped = fit(training)
         checkpoints.wait()
+    except UserError:
+        checkpoints.finish()
+        raise
     finally:
         loader.close()
-        checkpoints.close()
         run.close()
-    if progress.step and job.rank == 0:
-        write_model_folder(run.model, run.checkpoints / f"step-{progress.step:07d}", tokenizer)
-    job.barrier()
     if stopped is None:
+        if job.rank == 0:
+            write_model_folder(run.model, run.checkpoints / f"step-{progress.step:07d}", tokenizer)
+        job.barrier()
         console.say(f"trained on {progress.tokens:,} tokens in {progress.step:,} steps")
         console.say(f"model: {run.model}\nlook:  tensorboard --logdir {run.path}")
-    else:
+    else:  # without a model folder: whoever sent the signal may not wait for it
         console.say(
-            f"stopped by {stopped.name} after step {progress.step:,}; to go on: the same with --run {settings.run}"
+            f"stopped by {stopped.name} after step {progress.step:,}; to go on: the same with --run {settings.run}\n"
+            f"a model folder of it: python train.py consolidate {run.path}"
         )
     return stopped
 
@@ -372,9 +373,9 @@ def _load_weights(origin: Origin, engine: Engine, console: Console) -> None:
 
 
 def _micro_rows(settings: TrainSettings, state: dict[str, Any], fit_plan: Fit, share: int) -> int:
-    """Rows in a forward pass: as asked for, else as before if that divides a rank's share, else by the plan."""
+    """Rows in a forward pass: as asked for, else as before where the plan allows as many, else by the plan."""
     before = state.get("micro_rows")
-    if settings.micro_batch is None and before is not None and share % before == 0:
+    if settings.micro_batch is None and before is not None and before <= fit_plan.micro_rows and share % before == 0:
         return int(before)
     return fit_plan.micro_rows
 
@@ -385,6 +386,7 @@ def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device, worl
         return settings.loader.workers
     if device.type == "cpu" or all(isinstance(source, PreparedSource) for source in corpus.sources):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(8, max(1, cores // torch.cuda.device_count() - 1))
+    ours = os.environ.get("SLURM_CPUS_PER_TASK")
+    cores = int(ours) if ours else cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = min(8, max(1, cores - 1))
     return max((count for count in range(1, wanted + 1) if settings.loader.streams % (world * count) == 0), default=0)

@@ -52,7 +52,11 @@ def _end(error: BaseException, place: Place) -> NoReturn:
         if tell_failure(error) and (dist.is_initialized() or place.rank == 0):
             print(f"error: {error}", file=sys.stderr)
     elif is_lost_contact(error):
-        print(f"rank {place.rank} ends, for it lost contact: {lost_to()}", file=sys.stderr)
+        cause = lost_to()
+        if cause is None:  # killed, or its machine is gone; or it is no lost contact at all
+            traceback.print_exception(error)
+            cause = f"another rank was killed, or its machine is gone, if it is not this: {error}"
+        print(f"rank {place.rank} ends, for it lost contact: {cause}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         code = 130
     else:

@@ -14,7 +14,6 @@ from data.tokenizer import Tokenizer
 from models.hf_config import read_config
 from models.sizes import ModelConfig
 from train import checkpoint
-from train.checkpoint import Checkpoints
 from train.settings import TrainSettings
 
 Settings = TypeVar("Settings")
@@ -59,7 +58,7 @@ def stored_shape(settings: TrainSettings, run: RunFolder) -> ModelConfig | None:
     asked = _asked_for(settings, run)
     if asked is not None:
         return read_config(asked)
-    steps = Checkpoints(run.checkpoints, keep=1).steps()
+    steps = checkpoint.steps_in(run.checkpoints)
     readable = [run.checkpoints / f"step-{step:07d}" for step in reversed(steps)]
     found = next((path for path in readable if (path / "config.json").exists()), None)
     return None if found is None else read_config(found)
@@ -75,11 +74,11 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
     stored = _stored_settings(settings, run)
     if stored is not None:
         _refuse_differences(settings, stored, run)
-    checkpoints = Checkpoints(run.checkpoints, keep=1)
+    steps = checkpoint.steps_in(run.checkpoints)
     asked = _asked_for(settings, run)
     if asked is not None:
         own = asked.absolute().parent == run.checkpoints.absolute()
-        if checkpoints.steps() and not own:
+        if steps and not own:
             raise UserError(
                 f"the run {run.path} has checkpoints of its own; choose another --run to go on from {asked}"
             )
@@ -87,10 +86,10 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
         if damage is not None:
             raise UserError(f"the checkpoint {asked} is damaged: {damage}")
         return Origin(checkpoint=asked, verified=True)
-    if checkpoints.steps():
+    if steps:
         if settings.resume == "never":
             raise UserError(f"the run {run.path} exists; leave --resume out to go on with it, or choose another --run")
-        newest = checkpoints.newest_good(warn)
+        newest = checkpoint.newest_good(run.checkpoints, warn)
         if newest is None:
             raise UserError(
                 f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run, "
@@ -110,7 +109,7 @@ def _asked_for(settings: TrainSettings, run: RunFolder) -> Path | None:
     if settings.resume in ("auto", "never"):
         return None
     if run.config.exists() and read_yaml(run.config).get("resume") == settings.resume:
-        steps = Checkpoints(run.checkpoints, keep=1).steps()
+        steps = checkpoint.steps_in(run.checkpoints)
         if steps and steps[-1] > checkpoint.read_state(Path(settings.resume))["step"]:
             return None
     return Path(settings.resume)
@@ -127,7 +126,7 @@ def _stored_settings(settings: TrainSettings, run: RunFolder) -> dict[str, Any] 
     if not run.config.exists():
         return None
     stored = read_yaml(run.config)
-    if Checkpoints(run.checkpoints, keep=1).steps() or not differences(_fill(settings, stored), stored):
+    if checkpoint.steps_in(run.checkpoints) or not differences(_fill(settings, stored), stored):
         return stored
     return None
 

@@ -16,6 +16,7 @@ from data.settings import LoaderSettings, Mix
 from models import budget
 from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
+from train.plan import check_micro_batch, share_of_rows
 from train.slurm import Request
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
@@ -281,9 +282,11 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         world: devices that share the batch.
 
     Raises:
-        UserError: the batch does not divide into rows, the rows among the devices or into micro-batches; muon
-            is asked for under DeepSpeed.
+        UserError: the batch does not divide into rows, the rows or streams among the devices, or the rows into
+            micro-batches; muon or compilation is asked for where DeepSpeed does not allow it.
     """
+    if settings.compile == "on" and settings.strategy.startswith("deepspeed-3"):
+        raise UserError(f"--compile does not work with --strategy {settings.strategy}, whose hooks break every graph")
     if settings.optimizer.name == "muon" and settings.strategy.startswith("deepspeed"):
         raise UserError(
             f"muon needs whole matrices, which --strategy {settings.strategy} cuts into pieces; use --strategy fsdp, "
@@ -298,12 +301,9 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
         raise UserError(f"--batch-tokens {batch} is not a whole number of rows of {seq_len} tokens; use {choices}")
     share = share_of_rows(batch, seq_len, world)
-    if settings.micro_batch is not None and share % settings.micro_batch:
-        near = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: abs(d - settings.micro_batch))  # type: ignore[operator]
-        raise UserError(
-            f"a batch of {batch} tokens gives each of {world} devices {share} rows of {seq_len}, which --micro-batch "
-            f"{settings.micro_batch} does not divide; use {near}"
-        )
+    if settings.micro_batch is not None:
+        check_micro_batch(settings.micro_batch, share)
+    check_streams(settings.loader, world)
     steps = math.ceil(tokens / batch)
     schedule = settings.schedule
     warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
@@ -332,17 +332,16 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
     )
 
 
-def share_of_rows(batch_tokens: int, seq_len: int, world: int) -> int:
-    """Rows of a global batch that each device gets; UserError with the nearest batches when it is no whole number."""
-    rows = batch_tokens // seq_len
-    if rows % world:
-        below = rows // world * world
-        near = " or ".join(str(count * seq_len) for count in (below, below + world) if count)
+def check_streams(loader: LoaderSettings, world: int) -> None:
+    """UserError when the canonical streams cannot be shared evenly by the devices and their workers."""
+    readers = world * max(loader.workers or 1, 1)
+    if loader.streams % readers:
+        workers = f" with {loader.workers} workers each" if (loader.workers or 0) > 1 else ""
         raise UserError(
-            f"a batch of {batch_tokens} tokens is {rows} rows of {seq_len}, which {world} devices cannot share evenly; "
-            f"use a number of devices that divides the rows, or --batch-tokens {near}"
+            f"{loader.streams} streams cannot be shared evenly by {world} devices{workers}; a new run may take "
+            f"--loader.streams {-(-loader.streams // readers) * readers}, one that goes on needs devices × workers "
+            "that divide them"
         )
-    return rows // world
 
 
 def default_batch_tokens(tokens: int) -> int:

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_text
 from common.settings import parse, read_yaml
-from train.settings import TrainCommand, model_config, resolve, run_name, run_path, run_settings, share_of_rows
+from train.plan import share_of_rows
+from train.settings import TrainCommand, check_streams, model_config, resolve, run_name, run_path, run_settings
 from train.slurm import Request, seconds
 from train.snapshot import CHECKOUT, take_snapshot
 
@@ -107,7 +109,8 @@ def _submit(request: Request, run: Path, script: Script, words: Sequence[str]) -
     path = run / "submit.sbatch"
     write_text(path, filled.text)
     job = _sbatch(path)
-    write_text(path, f"{filled.text}# Submitted as job {job}.\n")
+    with suppress(UserError):  # the job is in the queue, whatever becomes of this note
+        write_text(path, f"{filled.text}# Submitted as job {job}.\n")
     log = str(run / f"slurm-{job}.log")
     nodes, tasks = filled.options.get("nodes", "1"), filled.options.get("ntasks-per-node", "1")
     print(f"job {job}: the run {run} on {nodes} nodes × {tasks} processes ({request})")
@@ -144,6 +147,7 @@ def _check(command: TrainCommand, run: Path, script: Script) -> None:
     before = read_yaml(stored)
     batch, seq_len = settings.batch_tokens or before["batch_tokens"], settings.seq_len or before["seq_len"]
     share_of_rows(batch, seq_len, script.world_size)
+    check_streams(replace(settings.loader, streams=before["loader"]["streams"]), script.world_size)
 
 
 def _check_limit(options: Mapping[str, str]) -> None:

@@ -1,10 +1,14 @@
 """Run a training command again and again, killing it, until it is finished.
 
-Started as a program of its own with one JSON argument: ``argv`` of the command and ``attempts``. Each of these has more
-``argv``, its ``run`` folder, its ``world`` of ranks (``devices`` of them a node), and a ``step`` and ``signal`` to
-kill all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it is killed. ``rows``: a
-folder that every rank appends to what rows it took. The modules are imported once; each rank of each attempt is a
-fork, so that an attempt costs a fraction of a second instead of the imports.
+Started as a program of its own with one JSON argument: ``argv`` of the command and ``attempts``. Each of these has
+
+* more ``argv``, its ``run`` folder, its ``world`` of ranks, ``devices`` of them a node;
+* ``step`` and ``signal`` to kill all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it
+  is killed;
+* ``poison``: steps in which the loss of rank 1 is NaN.
+
+``rows`` is a folder that every rank appends to what rows it took. The modules are imported once; each rank of each
+attempt is a fork, so that an attempt costs a fraction of a second instead of the imports.
 """
 
 import contextlib
@@ -24,34 +28,36 @@ def last_step(metrics: Path) -> int:
     return 0
 
 
-def start(
-    argv: list[str], rank: int, world: int, devices: int, port: int, rows: str | None, operation: int | None
-) -> int:
-    """Start a rank of the command in a child, as if on nodes with so many devices; returns its process id."""
+def start(plan: dict, one: dict, rank: int, port: int) -> int:
+    """Start a rank of an attempt in a child; returns its process id."""
     child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        sys.argv = ["train.py", *argv]
-        if world > 1:
-            where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % devices, "LOCAL_WORLD_SIZE": devices}
-            where |= {"GROUP_RANK": rank // devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in where.items()})
-        code = 1
-        try:
-            if rows is not None:
-                record_rows(Path(rows) / f"{time.time_ns()}-{rank}")
-            if operation is not None:
-                die_at(operation)
-            from train.__main__ import main
+    if child:
+        return child
+    os.setpgid(0, 0)
+    sys.argv = ["train.py", *plan["argv"], "--run", one["run"], *one["argv"]]
+    world = one.get("world", 1)
+    if world > 1:
+        devices = one.get("devices", world)
+        where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % devices, "LOCAL_WORLD_SIZE": devices}
+        where |= {"GROUP_RANK": rank // devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in where.items()})
+    code = 1
+    try:
+        if plan.get("rows"):
+            record_rows(Path(plan["rows"]) / f"{time.time_ns()}-{rank}")
+        if one.get("rank") == rank:
+            die_at(one["operation"])
+        if rank == 1 and one.get("poison"):
+            spoil(one["poison"])
+        from train.__main__ import main
 
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return child
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def record_rows(path: Path) -> None:
@@ -87,20 +93,44 @@ def die_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
+def spoil(steps: list[int]) -> None:
+    """Make this rank's loss NaN in the given steps."""
+    import math
+
+    from train import loop
+
+    real, count = loop.training_step, 0
+
+    def training_step(training, rate, asks, watch):  # type: ignore[no-untyped-def]
+        nonlocal count
+        count += 1
+        objective = training.objective
+        if count in steps:
+
+            def nothing(module, batch):  # type: ignore[no-untyped-def]
+                loss, nll = objective(module, batch)
+                return loss * math.nan, nll * math.nan
+
+            training.objective = nothing
+        figures = real(training, rate, asks, watch)
+        training.objective = objective
+        return figures
+
+    loop.training_step = training_step
+
+
 def attempt(plan: dict, one: dict, metrics: Path) -> list[int]:
     """Start all ranks, kill them where that is planned, and wait; returns their exit codes.
 
     When one fails the others are killed too, as a launcher does: at once after a kill, else when they have had time
     to say what happened to them.
     """
-    argv, world, rows = [*plan["argv"], "--run", one["run"], *one["argv"]], one.get("world", 1), plan.get("rows")
+    world = one.get("world", 1)
     kill = None if one.get("step") is None else (one["step"], one["signal"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fatal = [one.get("operation") if one.get("rank") == rank else None for rank in range(world)]
-    devices = one.get("devices", world)
-    ranks = [start(argv, rank, world, devices, port, rows, operation) for rank, operation in enumerate(fatal)]
+    ranks = [start(plan, one, rank, port) for rank in range(world)]
     time.sleep(0.05)  # a forked Python drops signals that come before it has settled; a started one does not
     codes: dict[int, int] = {}
     end: float | None = None

@@ -17,7 +17,7 @@ from common.distributed import Job
 from common.errors import UserError
 from common.files import sweep
 from train import checkpoint
-from train.checkpoint import Checkpoints, damaged, load
+from train.checkpoint import Checkpoints, damaged, load, newest_good, steps_in
 from train.engine import Engine
 
 
@@ -72,7 +72,7 @@ def test_the_newest_stay_and_some_for_good(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2, keep_for_good=lambda step: step % 4 == 0)
     for step in range(1, 11):
         save(checkpoints, step)
-    assert checkpoints.steps() == [4, 8, 9, 10]
+    assert steps_in(checkpoints.folder) == [4, 8, 9, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:07d}" for step in (4, 8, 9, 10)]
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path: Path, damage: str) -> 
     else:
         {"gone": tensors, "no state": newest / "state.json", "no checksums": newest / "checksums.json"}[damage].unlink()
     warnings: list[str] = []
-    assert checkpoints.newest_good(warnings.append) == tmp_path / "step-0000001"
+    assert newest_good(checkpoints.folder, warnings.append) == tmp_path / "step-0000001"
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
     with pytest.raises(UserError, match=r"damaged|no checkpoint"):
@@ -103,7 +103,7 @@ def test_going_back_sets_later_ones_aside(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(checkpoints, step)
     checkpoints.set_aside_after(1)
-    assert checkpoints.steps() == [1]
+    assert steps_in(checkpoints.folder) == [1]
     assert damaged(tmp_path / "superseded-step-0000003") is None
 
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(UserError, match="no room on the disk"):
         save(checkpoints, 2)
-    assert checkpoints.steps() == [1]
+    assert steps_in(checkpoints.folder) == [1]
 
 
 def test_a_disk_that_fills_while_writing_is_said(tmp_path: Path, monkeypatch) -> None:
@@ -147,7 +147,7 @@ def test_a_disk_that_fills_while_writing_is_said(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", full)
     with pytest.raises(UserError, match="the disk is full while writing"):
         save(checkpoints, 2)
-    assert checkpoints.steps() == [1]
+    assert steps_in(checkpoints.folder) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
 
 
@@ -194,11 +194,11 @@ def test_a_kill_at_every_file_operation_of_a_save_leaves_a_good_checkpoint(tmp_p
                 break
             kills += 1
             sweep(folder)
-            good = checkpoints.newest_good(pytest.fail)  # none is damaged, whatever the moment
+            good = newest_good(checkpoints.folder, pytest.fail)  # none is damaged, whatever the moment
             assert good is not None
             load(good, engine.tensors_to_load)
             save(checkpoints, 3)
-            assert checkpoints.steps() == [3]
+            assert steps_in(checkpoints.folder) == [3]
             assert [path.name for path in folder.iterdir()] == ["step-0000003"]
             operation += 1
     assert kills >= 50

@@ -11,7 +11,8 @@ STEPS = 40
 ROWS = 16
 RUN = f"""
 --tokens {STEPS * ROWS * 32} --batch-tokens {ROWS * 32} --seq-len 32 --device cpu --precision 32 --optimizer.lr 1e-3
---schedule.warmup {10 * ROWS * 32} --schedule.decay 0 --checkpoint.every 3 --eval.every 0 --log.every 1
+--schedule.warmup {10 * ROWS * 32} --schedule.decay 0 --checkpoint.every 3 --log.every 1
+--eval.every {3 * ROWS * 32} --eval.tokens 300 --eval.continuation 2
 --log.tensorboard false --loader.streams 8 --micro-batch 4
 """.split()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,7 +108,8 @@ def test_a_plain_start_stops_on_a_signal_and_goes_on(corpus, micro_model, tmp_pa
     state = json.loads(max((run / "checkpoints").glob("step-*")).joinpath("state.json").read_text())
     assert state["loader"]["rows"] == state["step"] * 16
     assert len(state["loader"]["positions"]) == 8  # of both ranks
-    assert (run / "model" / "model.safetensors").exists()
+    assert not (run / "model").exists()
+    assert f"python train.py consolidate {run}" in out
 
 
 def test_a_dead_rank_ends_the_others(corpus, micro_model, tmp_path) -> None:
@@ -145,3 +147,39 @@ def test_an_error_of_every_rank_is_said_once(corpus, micro_model, tmp_path) -> N
     said = [line for line in err.splitlines() if "streams cannot be shared evenly" in line]
     assert len(said) == 1
     assert "Traceback" not in err
+
+
+FAILING = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from common.errors import UserError
+from train.launch import Place
+from train.rank import _end
+
+def rank(number, folder, kind):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{folder}", rank=number, world_size=2)
+    try:
+        if number == 1:
+            raise UserError("the shard is gone") if kind == "user" else ValueError("boom")
+        dist.all_reduce(torch.zeros(1))
+    except BaseException as error:
+        _end(error, Place("torchrun", number, number, 2, 1))
+
+if __name__ == "__main__":
+    mp.spawn(rank, (sys.argv[1], sys.argv[2]), nprocs=2, join=False).join(timeout=60, grace_period=30)
+"""
+
+
+@pytest.mark.parametrize(("kind", "first"), [("bug", "rank 1 failed:"), ("user", "error: the shard is gone")])
+def test_the_failing_ranks_error_comes_first(kind: str, first: str, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(script), str(port), kind]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("rank", "error", "ValueError"))]
+    assert lines[0] == first
+    reason = "ValueError: boom" if kind == "bug" else "UserError: the shard is gone"
+    assert lines[-1] == f"rank 0 ends, for it lost contact: rank 1: {reason}"

@@ -1,6 +1,7 @@
 """The plan: against what two real processes hold, its choices, what it prints and how fast."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,23 +15,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bench.memory import Trial, measure_cpu
+from common.distributed import Job
 from common.errors import UserError
 from common.settings import parse
 from models import budget
 from models.gpus import cpu, gpu
 from models.sizes import SIZES, ModelConfig, size
-from models.transformer import Transformer
+from models.transformer import Transformer, initial_weight
 from tests.conftest import ROOT
+from train.device import make_fabric
+from train.engine import make_engine
+from train.launch import Place
 from train.optimizer import make_optimizers
-from train.plan import Job, Machine, choose, fits, job_of, memory, warn_if_too_big
+from train.plan import Machine, Workload, choose, fits, memory, warn_if_too_big, workload_of
 from train.plan_table import describe, machine_of
-from train.settings import OptimizerSettings, TrainCommand, model_config, resolve
+from train.settings import OptimizerSettings, TrainCommand, TrainSettings, model_config, resolve
 
 # Against two processes
 
@@ -56,34 +58,32 @@ def test_two_processes_hold_what_the_plan_says(tmp_path: Path) -> None:
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    place = Place("torchrun", rank, rank, 2, 1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    held = {f"{name} {optimizer} {how}": _held(SHAPES[name], optimizer, how) for name, optimizer, how in CASES}
+    held = {f"{name} {optimizer} {how}": _held(SHAPES[name], optimizer, how, place) for name, optimizer, how in CASES}
     Path(folder, f"{rank}.json").write_text(json.dumps(held))
-    dist.barrier()
     dist.destroy_process_group()
 
 
-def _held(config: ModelConfig, optimizer: str, how: str) -> dict[str, int]:
+def _held(config: ModelConfig, optimizer: str, how: str, place: Place) -> dict[str, int]:
     """Bytes of this rank's weights, gradients and optimiser after a step."""
-    raw = Transformer(config)
-    model: Any = raw
-    if how == "ddp":
-        model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
-    else:
-        mesh = init_device_mesh("cpu", (2,))
-        for block in raw.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(raw, mesh=mesh)
-    optimizers = make_optimizers(raw, OptimizerSettings(name=optimizer, lr=1e-3), "32")
+    engine = make_engine(
+        make_fabric(TrainSettings(device="cpu", precision="32"), place, how),
+        Job.of_all(),
+        build=lambda: Transformer(config, seed=None),
+        values=lambda name, shape: initial_weight(name, shape, config, seed=0),
+        make_optimizers=lambda raw: make_optimizers(raw, OptimizerSettings(name=optimizer, lr=1e-3), "32"),
+        spike=0.0,
+    )
     tokens = torch.arange(8).view(1, 8)
-    loss, _ = model(tokens, None, tokens)
-    loss.backward()
-    for part in optimizers:
-        part.step()
-    parameters = list(raw.parameters())
-    state = [value for part in optimizers for values in part.state.values() for value in values.values()]
-    gradients = [parameter.grad for parameter in parameters]
-    return {"weights": _bytes(parameters), "gradients": _bytes(gradients), "optimizer": _bytes(state)}
+    with engine.micro_step(last=True):
+        loss, nll = engine.model(tokens, None, tokens)
+        engine.backward(loss)
+    gradients = _bytes([parameter.grad for parameter in engine.raw.parameters()])
+    engine.update(1e-3, 1.0, nll)
+    state = [value for part in engine.optimizers for values in part.state.values() for value in values.values()]
+    return {"weights": _bytes(list(engine.raw.parameters())), "gradients": gradients, "optimizer": _bytes(state)}
 
 
 def _bytes(tensors: list[Any]) -> int:
@@ -92,7 +92,7 @@ def _bytes(tensors: list[Any]) -> int:
 
 def test_the_peak_of_a_step_is_what_the_plan_says() -> None:
     config = replace(size("tiny").config, layers=2, vocab=1024)
-    job = Job(config, Machine(cpu(0)), rows=2 * 8, seq_len=128, precision="32", optimizer="adamw")
+    job = Workload(config, Machine(cpu(0)), rows=2 * 8, seq_len=128, precision="32", optimizer="adamw")
     trial = Trial(job, "none", rows=8)
     assert trial.plan().total == pytest.approx(measure_cpu(trial), rel=0.03)
 
@@ -155,7 +155,7 @@ def test_a_cpu_takes_few_tokens_at_a_time() -> None:
 def test_batches_that_cannot_be_shared_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="512 rows of 2048, which 6 devices cannot share .* 1044480 or 1056768"):
         choose(**ask("125m", Machine(H100, 6)))
-    with pytest.raises(UserError, match="use --batch-tokens 16384$"):
+    with pytest.raises(UserError, match="or --batch-tokens 16384$"):
         choose(**ask("125m", Machine(H100, 8), rows=3))
     with pytest.raises(UserError, match="--micro-batch 3 does not divide the 64 rows of each device; use 2"):
         choose(**ask("125m", Machine(H100, 8), micro_rows=3))
@@ -170,7 +170,7 @@ modes = st.sampled_from(["none", "selective", "full"])
 def test_more_rows_layers_or_tokens_never_need_less(
     name: str, strategy: str, checkpointing: str, rows: int, precision: str, compiled: bool
 ) -> None:
-    job = Job(size(name).config, Machine(H100, 8, 2), 64, 1024, precision, "adamw", compiled=compiled)
+    job = Workload(size(name).config, Machine(H100, 8, 2), 64, 1024, precision, "adamw", compiled=compiled)
     needed = memory(job, strategy, checkpointing, rows).total
     assert memory(job, strategy, checkpointing, rows + 1).total > needed
     assert memory(replace(job, seq_len=1025), strategy, checkpointing, rows).total > needed
@@ -184,7 +184,7 @@ def test_more_rows_layers_or_tokens_never_need_less(
 
 
 def read(*words: str) -> TrainCommand:
-    return parse(TrainCommand, words, prog="train.py", description="")
+    return parse(TrainCommand, ("--plan", *words), prog="train.py", description="")
 
 
 def figures(*words: str) -> dict[str, str]:
@@ -233,7 +233,7 @@ def test_a_cpu_has_no_time_estimate() -> None:
 def test_settings_become_a_job() -> None:
     command = read("--size", "tiny", "--compile", "off", "--strategy", "fsdp", "--micro-batch", "2")
     config = model_config(command)
-    job = job_of(resolve(command, config), config, Machine(H100, 2))
+    job = workload_of(resolve(command, config), config, Machine(H100, 2))
     assert (job.precision, job.strategy, job.micro_rows, job.is_compiled) == ("bf16", "fsdp", 2, False)
     assert replace(job, compiled=None).is_compiled
     assert not replace(job, compiled=None, machine=Machine(cpu(10**9))).is_compiled

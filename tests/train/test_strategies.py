@@ -41,6 +41,7 @@ VARIANTS = [
     ("deepspeed-2", 2, ADAMW, "--micro-batch 8", 1e-5),
     ("deepspeed-2", 2, ADAMW, "--micro-batch 4", 1e-5),
     ("deepspeed-2", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--activation-checkpointing selective", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--micro-batch 8", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--micro-batch 4", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--activation-checkpointing full", 1e-5),
@@ -88,6 +89,30 @@ def test_the_losses_are_those_of_one_process(strategy, world, optimizer, argv, t
 
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed-2", "deepspeed-3")
+
+
+@pytest.fixture(scope="module")
+def poisoned(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """The steps of runs in which the loss of one rank of two is NaN in steps 6 and 7."""
+    base = tmp_path_factory.mktemp("poisoned")
+    attempts = [
+        {"run": str(base / name), "argv": ["--strategy", name, "--tokens", "5120"], "world": 2, "poison": [6, 7]}
+        for name in STRATEGIES
+    ]
+    ends = kill_and_resume({"argv": [*RUN, "--data", str(corpus), "--init", str(micro_model)], "attempts": attempts})
+    assert [end["codes"] for end in ends] == [[0, 0]] * len(STRATEGIES), ends[0]["log"][-3000:]
+    lines = {name: (base / name / "metrics.jsonl").read_text().splitlines() for name in STRATEGIES}
+    return {name: [r for r in map(json.loads, lines[name]) if "loss" in r] for name in STRATEGIES}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_skip_a_step_that_one_of_them_has_lost(strategy: str, poisoned) -> None:
+    steps = poisoned[strategy]
+    assert [step["step"] for step in steps if step.get("skipped")] == [6, 7]
+    assert [step["step"] for step in steps if step["loss"] is None] == [6, 7]
+    # The weights are those of step 5, and training goes on from there.
+    assert steps[7]["loss"] == pytest.approx(steps[4]["loss"], abs=0.1)
+    assert len(steps) == 10
 
 
 @pytest.fixture(scope="module")

@@ -161,10 +161,12 @@ def test_what_cannot_work_is_not_submitted(site: Path, monkeypatch, capsys) -> N
 def test_an_existing_run_is_checked_with_its_own_batch(site: Path, monkeypatch, capsys) -> None:
     run = site / "runs" / "one"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text("batch_tokens: 5120\nseq_len: 512\n")
+    (run / "config.yaml").write_text("batch_tokens: 5120\nseq_len: 512\nloader:\n  streams: 40\n")
     words = ("--size", "tiny", "--run", "one", "--slurm")
     assert "which 4 devices cannot share" in refused(monkeypatch, capsys, *words, "nodes=2,gpus=2")
     train(monkeypatch, *words, "nodes=5,gpus=2")
+    (run / "config.yaml").write_text("batch_tokens: 5120\nseq_len: 512\nloader:\n  streams: 64\n")
+    assert "64 streams cannot be shared evenly by 10" in refused(monkeypatch, capsys, *words, "nodes=5,gpus=2")
 
 
 def test_without_slurm_it_says_so(site: Path, monkeypatch, capsys) -> None:
