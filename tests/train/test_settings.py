@@ -4,6 +4,7 @@ import pytest
 
 from common.errors import UserError
 from common.settings import Count, parse
+from data.settings import LoaderSettings
 from train.settings import TrainCommand, TrainSettings, default_batch_tokens, model_config, resolve, run_path
 
 
@@ -32,7 +33,10 @@ def test_the_batch_grows_with_the_root_of_the_budget() -> None:
     [
         ("--size 1bb", "the sizes are 1b, "),
         ("--size tiny --seq-len 100 --batch-tokens 250", "not a whole number of rows of 100 tokens; use 200 or 300"),
-        ("--size tiny --batch-tokens 1024 --micro-batch 3", "which --micro-batch 3 does not divide; use 2"),
+        (
+            "--size tiny --batch-tokens 1024 --micro-batch 3",
+            "--micro-batch 3 does not divide the 4 rows of each device; use 2",
+        ),
         ("--size tiny --tokens 0", "--tokens must be at least 1"),
         ("--checkpoint.keep 0", "--checkpoint.keep"),
         ("--log.every 0", "--log.every must be at least 1"),
@@ -75,19 +79,28 @@ def test_what_only_a_plan_understands_is_refused_without_one() -> None:
 
 
 def test_devices_must_share_the_batch() -> None:
-    settings = TrainSettings(size="tiny", batch_tokens=Count(6 * 256))
+    settings = TrainSettings(size="tiny", batch_tokens=Count(6 * 256), loader=LoaderSettings(streams=12))
     assert resolve(settings, model_config(settings), world=3).batch_tokens == 6 * 256
     with pytest.raises(
         UserError, match="6 rows of 256, which 4 devices cannot share evenly; .*--batch-tokens 1024 or 2048"
     ):
         resolve(settings, model_config(settings), world=4)
     settings.micro_batch = 2
-    with pytest.raises(UserError, match="gives each of 2 devices 3 rows of 256, which --micro-batch 2 does not divide"):
+    with pytest.raises(UserError, match="--micro-batch 2 does not divide the 3 rows of each device; use 1"):
+        resolve(settings, model_config(settings), world=2)
+
+
+def test_devices_and_workers_must_share_the_streams() -> None:
+    settings = TrainSettings(size="tiny", batch_tokens=Count(6 * 256))
+    with pytest.raises(UserError, match="64 streams cannot be shared evenly by 3 devices; .* --loader.streams 66"):
+        resolve(settings, model_config(settings), world=3)
+    settings.loader.workers = 3
+    with pytest.raises(UserError, match="by 2 devices with 3 workers each"):
         resolve(settings, model_config(settings), world=2)
 
 
 def test_the_default_batch_is_one_that_the_devices_can_share() -> None:
-    settings = TrainSettings(size="tiny")
+    settings = TrainSettings(size="tiny", loader=LoaderSettings(streams=66))
     batch = resolve(settings, model_config(settings), world=6).batch_tokens
     assert batch is not None
     assert batch % (6 * 256) == 0

@@ -1,4 +1,4 @@
-"""What a user's DeepSpeed JSON may decide, and what it may not."""
+"""DeepSpeed computes what one process does; what a user's JSON may decide. (More of it in test_strategies.py.)"""
 
 import json
 from pathlib import Path
@@ -6,8 +6,31 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from tests.train.test_strategies import ADAMW, compare, run_variants
 from train.deepspeed import make_strategy
 from train.settings import TrainSettings, model_config, resolve
+
+VARIANTS = [
+    ("deepspeed-2", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("deepspeed-2", 2, ADAMW, "--activation-checkpointing selective", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--micro-batch 8", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("deepspeed-3-offload", 2, ADAMW, "--micro-batch 4", 1e-5),
+    ("deepspeed-3", 2, ADAMW, "--precision bf16", 2e-3),
+]
+"""As in test_strategies.py."""
+
+
+@pytest.fixture(scope="module")
+def found(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return run_variants(VARIANTS, corpus, micro_model, tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(map(str, variant[:4])))
+def test_the_losses_are_those_of_one_process(variant: tuple, found) -> None:
+    compare(variant, found)
 
 
 def config(tmp_path: Path, values: object, strategy: str = "deepspeed-2") -> dict:
