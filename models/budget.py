@@ -148,11 +148,6 @@ def _rows(rows: int, shards: int, rank: int) -> int:
     return max(0, min(chunk, rows - rank * chunk))
 
 
-def training_bytes(config: ModelConfig) -> int:
-    """Bytes of fp32 weights, gradients and AdamW's two moments: 16 a parameter, step counters left out."""
-    return 16 * parameters(config).total
-
-
 def attention_values(config: ModelConfig, bytes_per_value: int, *, compiled: bool) -> int:
     """Bytes a token that the attention half of a block keeps for the backward pass.
 

@@ -44,7 +44,6 @@ def test_flops_per_token() -> None:
 
 def test_bytes() -> None:
     total = budget.parameters(SMALL).total
-    assert budget.training_bytes(SMALL) == 16 * total
     assert budget.kv_cache_bytes(SMALL, 16) == 2 * 2 * (2 * 4) * 16 * 2
     assert budget.phone_bytes(SMALL, 16) == 2 * total + budget.kv_cache_bytes(SMALL, 16)
     assert budget.default_tokens(SMALL) == 20 * total
