@@ -213,23 +213,8 @@ def _pretrain(
         peak_flops=peak,
         progress=progress,
     )
-    sources = zip(corpus.sources, corpus.weights, strict=True)
-    console.table(
-        "",
-        {
-            "parameters": f"{budget.parameters(config).total:,}",
-            "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in sources),
-            "batch": f"{batch_tokens:,} tokens = {rows} rows of {seq_len}, {micro_rows} a forward pass of a device",
-            "steps": f"{math.ceil(tokens / batch_tokens):,}, starting after {progress.step:,}",
-            "devices": f"{job.world_size} × {device_name(device)}, {settings.precision}, {workers} data workers each",
-            "strategy": f"{fit_plan.strategy}, activation checkpointing {fit_plan.checkpointing}, "
-            f"{gigabytes(fit_plan.memory.total)} a device by the plan",
-            "FLOPs per token": f"{flops / 1e6:,.0f} M = 6·(parameters without input embedding) + 12·L·H·N·T; "
-            + (f"MFU against {peak / 1e12:,.0f} TFLOP/s dense bf16" if peak else "no peak is known, so no MFU"),
-        },
-    )
-    if device.type == "cuda" and job.world_size == 1 and torch.cuda.device_count() > 1:
-        console.say(f"one of {torch.cuda.device_count()} GPUs is used; --devices {torch.cuda.device_count()} takes all")
+    parameters = budget.parameters(config).total
+    _show_header(training, parameters, corpus, fit_plan, settings.precision, workers, console)
     _warn_of_decay(state, settings, run, console)
 
     # Train. Only from here on is anything of an earlier attempt changed.
@@ -267,6 +252,37 @@ def known(value: Known | None) -> Known:
     """A setting that resolving has filled in."""
     assert value is not None
     return value
+
+
+def _show_header(
+    training: Training,
+    parameters: int,
+    corpus: Corpus,
+    fit_plan: Fit,
+    precision: str,
+    workers: int,
+    console: Console,
+) -> None:
+    """What is about to be trained, on what."""
+    t, job, device = training, training.engine.job, training.engine.device
+    sources = zip(corpus.sources, corpus.weights, strict=True)
+    peak, flops = t.peak_flops, known(t.flops_per_token)
+    console.table(
+        "",
+        {
+            "parameters": f"{parameters:,}",
+            "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in sources),
+            "batch": f"{t.batch_tokens:,} tokens = {t.rows} rows of {t.seq_len}, {t.micro_rows} at a time",
+            "steps": f"{math.ceil(t.tokens / t.batch_tokens):,}, starting after {t.progress.step:,}",
+            "devices": f"{job.world_size} × {device_name(device)}, {precision}, {workers} data workers each",
+            "strategy": f"{fit_plan.strategy}, activation checkpointing {fit_plan.checkpointing}, "
+            f"{gigabytes(fit_plan.memory.total)} a device by the plan",
+            "FLOPs per token": f"{flops / 1e6:,.0f} M = 6·(parameters without input embedding) + 12·L·H·N·T; "
+            + (f"MFU against {peak / 1e12:,.0f} TFLOP/s dense bf16" if peak else "no peak is known, so no MFU"),
+        },
+    )
+    if device.type == "cuda" and job.world_size == 1 and torch.cuda.device_count() > 1:
+        console.say(f"one of {torch.cuda.device_count()} GPUs is used; --devices {torch.cuda.device_count()} takes all")
 
 
 def _check_room(config: ModelConfig, run: RunFolder) -> None:
