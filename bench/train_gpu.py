@@ -48,7 +48,7 @@ from models.hf_config import to_config
 from models.sizes import ModelConfig, adapt
 from models.transformer import Transformer
 from train.muon import Muon
-from train.plan import ENOUGH_TOKENS, Fit, Machine, choose
+from train.plan import ENOUGH_TOKENS, Fit, Machine, Workload, best
 
 BARS = {"c4-130m": 0.40, "c4-1b": 0.45}
 """MFU that is aimed at on one H100, in bf16, compiled, in rows of 2048 tokens; the other sizes have no bar."""
@@ -490,8 +490,8 @@ def plan_for(config: ModelConfig, args: argparse.Namespace) -> Fit:
         properties = torch.cuda.get_device_properties(0)
         gpu = gpus.here(properties.name, properties.total_memory)
     else:
-        gpu = gpus.cpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return choose(
+        gpu = gpus.cpu_here(1)
+    workload = Workload(
         config,
         Machine(gpu),
         rows=args.micro_rows or max(1, ENOUGH_TOKENS[args.device] // args.seq_len),
@@ -501,6 +501,7 @@ def plan_for(config: ModelConfig, args: argparse.Namespace) -> Fit:
         micro_rows=args.micro_rows,
         compiled=args.compile,
     )
+    return best(workload)
 
 
 def make_setting(name: str, args: argparse.Namespace) -> Setting:

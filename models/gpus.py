@@ -1,6 +1,7 @@
 """GPUs by name: memory, peak and bandwidth. Imports nothing heavy."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -90,6 +91,11 @@ def here(device_name: str, memory: int) -> Gpu:
 def cpu(memory: int) -> Gpu:
     """A processor with its share of main memory."""
     return Gpu("cpu", memory)
+
+
+def cpu_here(sharers: int) -> Gpu:
+    """This machine's processor, whose memory so many processes share."""
+    return cpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // sharers)
 
 
 def peak_flops(device_name: str) -> float | None:

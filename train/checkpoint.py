@@ -112,7 +112,7 @@ class Checkpoints:
 
         Args:
             step: optimiser steps taken.
-            tensors: from :meth:`train.engine.Engine.tensors`; each rank gives its shards.
+            tensors: from :meth:`train.engine.Engine.tensors_to_save`; each rank gives its share.
             state: plain values for JSON; rank 0's is written.
             config: contents of ``config.json``.
             wait: until it is written; otherwise only until the tensors are copied, and an error comes up

@@ -128,27 +128,17 @@ class DeepSpeedEngine(Engine):
         norm = torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self.device)
         return norm, torch.tensor(float(self._zero.overflow), device=self.device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Whole tensors, each on one of the ranks in turn; all ranks must call it together."""
-        tensors: dict[str, Tensor] = dict(self.weights())
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """Whole tensors in host memory, each on one of the ranks in turn; all ranks must call it together."""
+        tensors: dict[str, Tensor] = {}
         if self._states() and self._stage == 2:
             self._link_states()
         for number, (name, parameter) in enumerate(self.raw.named_parameters()):
+            self._keep(tensors, number, f"model.{name}", safe_get_full_fp32_param(parameter))
             for key in MOMENTS if self._states() else ():
                 self._keep(tensors, number, f"optimizer.{name}.{key}", safe_get_full_optimizer_state(parameter, key))
             for state in self._states()[:1]:
                 self._keep(tensors, number, f"optimizer.{name}.step", state["step"])
-        return tensors
-
-    def tensors_to_save(self) -> dict[str, Tensor]:
-        """The same: they are shared out already."""
-        return self.tensors()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights, each on one of the ranks in turn; all ranks must call it together."""
-        tensors: dict[str, Tensor] = {}
-        for number, (name, parameter) in enumerate(self.raw.named_parameters()):
-            self._keep(tensors, number, f"model.{name}", safe_get_full_fp32_param(parameter))
         return tensors
 
     def _keep(self, tensors: dict[str, Tensor], number: int, name: str, tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What to run on: the device, its precision, and how the job is spread over devices."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from models import gpus
 from models.sizes import ModelConfig
 from train.engine import shard
 from train.launch import Place
-from train.plan import Fit, Machine, choose
+from train.plan import Fit, Machine, best, workload_of
 from train.settings import TrainSettings
 
 STEP_TIMEOUT = timedelta(minutes=20)
@@ -71,28 +72,15 @@ def choose_fit(settings: TrainSettings, config: ModelConfig, place: Place, devic
     """How to spread the run and how many rows to take at once: as asked for, the rest by the plan.
 
     Raises:
-        UserError: the ranks cannot share the batch, or DeepSpeed is asked for Muon.
+        UserError: the ranks cannot share the batch.
     """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = gpus.here(properties.name, properties.total_memory)
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        gpu = gpus.cpu(memory // place.devices)
-    assert settings.seq_len is not None
-    assert settings.batch_tokens is not None
-    return choose(
-        config,
-        Machine(gpu, place.devices, place.nodes),
-        rows=settings.batch_tokens // settings.seq_len,
-        seq_len=settings.seq_len,
-        precision=settings.precision,
-        optimizer=settings.optimizer.name,
-        compiled=compiles(settings, device),
-        strategy=settings.strategy,
-        checkpointing=settings.activation_checkpointing,
-        micro_rows=settings.micro_batch,
-    )
+        gpu = gpus.cpu_here(place.devices)
+    workload = workload_of(settings, config, Machine(gpu, place.devices, place.nodes))
+    return best(replace(workload, compiled=compiles(settings, device)))
 
 
 def compiles(settings: TrainSettings, device: torch.device) -> bool:

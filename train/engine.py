@@ -42,7 +42,7 @@ class Engine:
     """
 
     asynchronous = True
-    """Whether :meth:`tensors` may be copied and written while training goes on."""
+    """Whether :meth:`tensors_to_save` may be copied and written while training goes on."""
 
     def __init__(
         self,
@@ -175,21 +175,13 @@ class Engine:
         """Called when the tensors of a checkpoint have been read."""
 
 
-def make_engine(
-    fabric: Fabric,
-    job: Job,
-    *,
-    build: Callable[[], nn.Module],
-    values: Values,
-    make_optimizers: MakeOptimizers,
-    spike: float,
-) -> Engine:
-    """The engine for a strategy of Fabric's; arguments as :class:`Engine`."""
+def engine_for(fabric: Fabric) -> type[Engine]:
+    """The kind of engine that a strategy of Fabric's needs."""
     if isinstance(fabric.strategy, DeepSpeedStrategy):
         from train.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(fabric, job, build, values, make_optimizers, spike)
-    return Engine(fabric, job, build, values, make_optimizers, spike)
+        return DeepSpeedEngine
+    return Engine
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -6,7 +6,7 @@ printed is in train/plan_table.py.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
 from models import budget
@@ -103,19 +103,6 @@ class Fit:
         return self.memory.total <= self.room
 
 
-class Asked(TypedDict, total=False):
-    """What :func:`fits` and :func:`choose` are asked for, beside the shape and the machine."""
-
-    rows: Required[int]
-    seq_len: Required[int]
-    precision: Required[str]
-    optimizer: Required[str]
-    strategy: str
-    checkpointing: str
-    micro_rows: int | None
-    compiled: bool | None
-
-
 @dataclass(frozen=True)
 class Workload:
     """Everything that decides how a run may be spread and how much memory it takes."""
@@ -161,16 +148,6 @@ class Workload:
             return [self.micro_rows]
         most = max(1, ENOUGH_TOKENS[self.machine.kind] // self.seq_len)
         return [rows for rows in range(min(self.share, most), 0, -1) if self.share % rows == 0]
-
-
-def fits(config: ModelConfig, machine: Machine, **asked: Unpack[Asked]) -> list[Fit]:
-    """The best way of running under each strategy, see :func:`ways`."""
-    return ways(Workload(config, machine, **asked))
-
-
-def choose(config: ModelConfig, machine: Machine, **asked: Unpack[Asked]) -> Fit:
-    """How to run, see :func:`best`."""
-    return best(Workload(config, machine, **asked))
 
 
 def ways(job: Workload) -> list[Fit]:

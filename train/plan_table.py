@@ -1,6 +1,5 @@
 """The plan in print: ``python train.py --size 1b --plan [--explain]``. Imports no torch."""
 
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -70,8 +69,7 @@ def machine_of(command: TrainCommand) -> tuple[Machine, str]:
     if command.gpu is not None:
         return Machine(gpus.gpu(command.gpu), devices, nodes), "as given"
     if command.device == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Machine(gpus.cpu(memory // devices), devices, nodes), "this machine's"
+        return Machine(gpus.cpu_here(devices), devices, nodes), "this machine's"
     name = gpu_here()
     known = gpus.named_by(name) if name else None
     if known is not None:

@@ -37,7 +37,7 @@ from train.device import (
     device_name,
     make_fabric,
 )
-from train.engine import Engine, Values, make_engine
+from train.engine import Engine, Values, engine_for
 from train.evaluate import Evaluator
 from train.launch import Place, cores_here
 from train.loop import Progress, Training, fit
@@ -139,7 +139,7 @@ def _pretrain(
 
     # Model
     device = fabric.device
-    engine = make_engine(
+    engine = engine_for(fabric)(
         fabric,
         job,
         build=lambda: _build(config, settings, fit_plan, device),

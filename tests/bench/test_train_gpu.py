@@ -27,7 +27,7 @@ from bench.train_step import Batch
 from models import budget, gpus, sizes
 from models.sizes import ModelConfig
 from tests.conftest import ROOT, run_command
-from train.plan import Machine, choose
+from train.plan import Machine, Workload, best
 
 CONFIG = ModelConfig(2, 32, 4, 2, 8, 48, 64, 32, tied=True, qk_norm=False)
 SCRIPT = "bench/train_gpu.py"
@@ -44,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def setting(rows: int = 2, optimizer: str = "adamw", precision: str = "fp32", may_halve: bool = False) -> Setting:
-    fit = choose(CONFIG, Machine(gpus.cpu(2**33)), rows=rows, seq_len=32, precision="32", optimizer="adamw")
+    fit = best(Workload(CONFIG, Machine(gpus.cpu(2**33)), rows=rows, seq_len=32, precision="32", optimizer="adamw"))
     assert fit.micro_rows == rows
     return Setting(CONFIG, 32, torch.device("cpu"), precision, False, optimizer, fit, may_halve)
 
@@ -169,7 +169,7 @@ def test_a_variant_that_fails_costs_only_its_line(capsys: pytest.CaptureFixture[
 def lines_at(share: float, gpu: str, size: str = "c4-130m") -> list[Line]:
     """Lines of ours and transformers, ours at this share of an H100's peak and transformers at a quarter of it."""
     config = sizes.size(size).config
-    fit = choose(config, Machine(gpus.gpu(gpu)), rows=32, seq_len=2048, precision="bf16", optimizer="adamw")
+    fit = best(Workload(config, Machine(gpus.gpu(gpu)), rows=32, seq_len=2048, precision="bf16", optimizer="adamw"))
     one = Setting(config, 2048, torch.device("cpu"), "bf16", True, "adamw", fit, True)
     variants = all_variants(compiled=True, litgpt=False)
     flops = fit.micro_rows * 2048 * budget.flops_per_token(config, 2048)

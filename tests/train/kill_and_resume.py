@@ -13,12 +13,15 @@ attempt is a fork, so that an attempt costs a fraction of a second instead of th
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def last_step(metrics: Path) -> int:
@@ -48,7 +51,9 @@ def start(plan: dict, one: dict, rank: int, port: int) -> int:
         if one.get("rank") == rank:
             die_at(one["operation"])
         if rank == 1 and one.get("poison"):
-            spoil(one["poison"])
+            from train import loop
+
+            loop.training_step = spoiled(one["poison"])
         from train.__main__ import main
 
         main()
@@ -93,10 +98,8 @@ def die_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-def spoil(steps: list[int]) -> None:
-    """Make this rank's loss NaN in the given steps."""
-    import math
-
+def spoiled(steps: list[int]) -> Callable[..., Any]:
+    """The training step, but that its loss is NaN the so-manieth times that it is called."""
     from train import loop
 
     real, count = loop.training_step, 0
@@ -105,18 +108,17 @@ def spoil(steps: list[int]) -> None:
         nonlocal count
         count += 1
         objective = training.objective
-        if count in steps:
 
-            def nothing(module, batch):  # type: ignore[no-untyped-def]
-                loss, nll = objective(module, batch)
-                return loss * math.nan, nll * math.nan
+        def nothing(module, batch):  # type: ignore[no-untyped-def]
+            loss, nll = objective(module, batch)
+            return loss * math.nan, nll * math.nan
 
-            training.objective = nothing
+        training.objective = nothing if count in steps else objective
         figures = real(training, rate, asks, watch)
         training.objective = objective
         return figures
 
-    loop.training_step = training_step
+    return training_step
 
 
 def attempt(plan: dict, one: dict, metrics: Path) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.kill_and_resume import spoiled
 from train import loop
 from train.health import WARM, WINDOW, Guard
 from train.settings import HealthSettings
@@ -86,25 +87,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, corpus: Path, micro_model: Path, t
     from common import signals
     from train.__main__ import main
 
-    def run(steps: set[int], *words: str) -> Path:
-        real, count = loop.training_step, 0
-
-        def training_step(training, rate, asks, watch):
-            nonlocal count
-            count += 1
-            objective = training.objective
-            if count in steps:
-
-                def nothing(module, batch):
-                    loss, nll = objective(module, batch)
-                    return loss * math.nan, nll * math.nan
-
-                training.objective = nothing
-            figures = real(training, rate, asks, watch)
-            training.objective = objective
-            return figures
-
-        monkeypatch.setattr(loop, "training_step", training_step)
+    def run(steps: list[int], *words: str) -> Path:
+        monkeypatch.setattr(loop, "training_step", spoiled(steps))
         argv = ["train.py", *WORDS, "--run", str(tmp_path / "run"), "--data", str(corpus), "--init", str(micro_model)]
         monkeypatch.setattr("sys.argv", [*argv, *words])
         try:
@@ -120,7 +104,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, corpus: Path, micro_model: Path, t
 def test_a_skipped_step_changes_nothing_and_is_logged(poisoned, optimizer: str) -> None:
     from train.checkpoint import read_weights
 
-    run = poisoned({6, 7}, "--optimizer.name", optimizer, "--keep-every", "1")
+    run = poisoned([6, 7], "--optimizer.name", optimizer, "--keep-every", "1")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record.get("skipped")] == [6, 7]
     assert [record["loss"] for record in records if record.get("step") == 6 and "loss" in record] == [None]
@@ -132,7 +116,7 @@ def test_a_skipped_step_changes_nothing_and_is_logged(poisoned, optimizer: str) 
 
 def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(poisoned, capsys, tmp_path) -> None:
     with pytest.raises(SystemExit) as stop:
-        poisoned({12, 13, 14, 15, 16})
+        poisoned([12, 13, 14, 15, 16])
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert "4 steps in a row were skipped" in said

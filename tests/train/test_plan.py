@@ -27,10 +27,10 @@ from models.sizes import SIZES, ModelConfig, size
 from models.transformer import Transformer, initial_weight
 from tests.conftest import ROOT
 from train.device import make_fabric
-from train.engine import make_engine
+from train.engine import engine_for
 from train.launch import Place
 from train.optimizer import make_optimizers
-from train.plan import Machine, Workload, choose, fits, memory, warn_if_too_big, workload_of
+from train.plan import Machine, Workload, best, memory, warn_if_too_big, ways, workload_of
 from train.plan_table import describe, machine_of
 from train.settings import OptimizerSettings, TrainCommand, TrainSettings, model_config, resolve
 
@@ -68,8 +68,9 @@ def _rank(rank: int, folder: str) -> None:
 
 def _held(config: ModelConfig, optimizer: str, how: str, place: Place) -> dict[str, int]:
     """Bytes of this rank's weights, gradients and optimiser after a step."""
-    engine = make_engine(
-        make_fabric(TrainSettings(device="cpu", precision="32"), place, how),
+    fabric = make_fabric(TrainSettings(device="cpu", precision="32"), place, how)
+    engine = engine_for(fabric)(
+        fabric,
         Job.of_all(),
         build=lambda: Transformer(config, seed=None),
         values=lambda name, shape: initial_weight(name, shape, config, seed=0),
@@ -102,63 +103,63 @@ def test_the_peak_of_a_step_is_what_the_plan_says() -> None:
 H100, RTX = gpu("h100-80g"), gpu("rtx-4090")
 
 
-def ask(name: str, machine: Machine, **changes: Any) -> dict[str, Any]:
-    rows = {"rows": 512, "seq_len": 2048, "precision": "bf16", "optimizer": "adamw"}
-    return {"config": size(name).config, "machine": machine} | rows | changes
+def ask(name: str, machine: Machine, **changes: Any) -> Workload:
+    usual: dict[str, Any] = {"rows": 512, "seq_len": 2048, "precision": "bf16", "optimizer": "adamw"}
+    return Workload(size(name).config, machine, **(usual | changes))
 
 
 def test_a_model_that_a_device_holds_is_replicated() -> None:
-    fit = choose(**ask("125m", Machine(H100, 8)))
+    fit = best(ask("125m", Machine(H100, 8)))
     assert (fit.strategy, fit.checkpointing, fit.micro_rows, fit.fits) == ("ddp", "none", 32, True)
-    assert choose(**ask("1b", Machine(H100, 1))).strategy == "ddp"
+    assert best(ask("1b", Machine(H100, 1))).strategy == "ddp"
 
 
 def test_a_model_that_a_device_does_not_hold_is_sharded() -> None:
-    assert choose(**ask("3b", Machine(RTX, 8))).strategy == "fsdp"
-    assert choose(**ask("3b", Machine(RTX, 8, 2))).strategy == "hsdp"
-    assert choose(**ask("3b", Machine(RTX, 2, 8))).strategy == "fsdp"  # two of a node are too few
-    assert choose(**ask("3b", Machine(RTX, 1, 16))).strategy == "fsdp"
+    assert best(ask("3b", Machine(RTX, 8))).strategy == "fsdp"
+    assert best(ask("3b", Machine(RTX, 8, 2))).strategy == "hsdp"
+    assert best(ask("3b", Machine(RTX, 2, 8))).strategy == "fsdp"  # two of a node are too few
+    assert best(ask("3b", Machine(RTX, 1, 16))).strategy == "fsdp"
 
 
 def test_a_device_that_holds_the_model_with_recomputation_still_replicates_it() -> None:
-    fit = choose(**ask("1b", Machine(RTX, 8)))
+    fit = best(ask("1b", Machine(RTX, 8)))
     assert (fit.strategy, fit.checkpointing) == ("ddp", "selective")
 
 
 def test_what_fits_nowhere_is_the_nearest_and_warned_of() -> None:
-    fit = choose(**ask("3b", Machine(RTX, 1)))
+    fit = best(ask("3b", Machine(RTX, 1)))
     assert (fit.fits, fit.strategy, fit.checkpointing, fit.micro_rows) == (False, "ddp", "full", 1)
     warning = warn_if_too_big(fit)
     assert warning is not None
     assert re.search(r"the plan needs \d+\.\d+ GB on a device and 23\.21 GB can be used, under ddp", warning)
-    assert warn_if_too_big(choose(**ask("125m", Machine(RTX, 1)))) is None
+    assert warn_if_too_big(best(ask("125m", Machine(RTX, 1)))) is None
 
 
 def test_what_is_asked_for_is_taken() -> None:
-    fit = choose(**ask("125m", Machine(H100, 8), strategy="deepspeed-3", checkpointing="full", micro_rows=4))
+    fit = best(ask("125m", Machine(H100, 8), strategy="deepspeed-3", checkpointing="full", micro_rows=4))
     assert (fit.strategy, fit.checkpointing, fit.micro_rows) == ("deepspeed-3", "full", 4)
-    assert choose(**ask("125m", Machine(H100, 8), strategy="fsdp")).strategy == "fsdp"
+    assert best(ask("125m", Machine(H100, 8), strategy="fsdp")).strategy == "fsdp"
 
 
 def test_each_strategy_is_answered_once() -> None:
-    names = [fit.strategy for fit in fits(**ask("1b", Machine(H100, 8, 2)))]
+    names = [fit.strategy for fit in ways(ask("1b", Machine(H100, 8, 2)))]
     assert names == ["ddp", "hsdp", "fsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
-    assert [fit.strategy for fit in fits(**ask("1b", Machine(H100, 8, 2), optimizer="muon"))] == ["ddp", "hsdp", "fsdp"]
-    assert [fit.strategy for fit in fits(**ask("1b", Machine(H100)))] == ["ddp", "deepspeed-3-offload"]
+    assert [fit.strategy for fit in ways(ask("1b", Machine(H100, 8, 2), optimizer="muon"))] == ["ddp", "hsdp", "fsdp"]
+    assert [fit.strategy for fit in ways(ask("1b", Machine(H100)))] == ["ddp", "deepspeed-3-offload"]
 
 
 def test_a_cpu_takes_few_tokens_at_a_time() -> None:
-    fit = choose(**ask("tiny", Machine(cpu(16 * 10**9), 2), precision="32", seq_len=256))
+    fit = best(ask("tiny", Machine(cpu(16 * 10**9), 2), precision="32", seq_len=256))
     assert (fit.strategy, fit.micro_rows) == ("ddp", 16)
 
 
 def test_batches_that_cannot_be_shared_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="512 rows of 2048, which 6 devices cannot share .* 1044480 or 1056768"):
-        choose(**ask("125m", Machine(H100, 6)))
+        best(ask("125m", Machine(H100, 6)))
     with pytest.raises(UserError, match="or --batch-tokens 16384$"):
-        choose(**ask("125m", Machine(H100, 8), rows=3))
+        best(ask("125m", Machine(H100, 8), rows=3))
     with pytest.raises(UserError, match="--micro-batch 3 does not divide the 64 rows of each device; use 2"):
-        choose(**ask("125m", Machine(H100, 8), micro_rows=3))
+        best(ask("125m", Machine(H100, 8), micro_rows=3))
 
 
 shapes = st.sampled_from(sorted(SIZES))
