@@ -30,10 +30,12 @@ ENVIRONMENT = {
     # When a collective times out, write which one it was and which ranks had reached it.
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # A rank that loses the others says so in a line; torch's warnings would bury it under pages of C++ frames.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     # The sizes of activations vary; segments that grow fragment less, so the memory plan holds.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
-"""For NCCL and the allocator."""
+"""For NCCL, its reports, and the allocator."""
 
 PARENT = "PALMTOP_PARENT"
 """Environment variable with the process id of the parent that watches a rank."""

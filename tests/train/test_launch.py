@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from train.launch import Place, find_place, first_host, translate_slurm
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
@@ -110,6 +110,16 @@ def test_a_plain_start_stops_on_a_signal_and_goes_on(corpus, micro_model, tmp_pa
     assert len(state["loader"]["positions"]) == 8  # of both ranks
     assert not (run / "model").exists()
     assert f"python train.py consolidate {run}" in out
+
+
+def test_torchrun_starts_the_ranks(corpus, micro_model, tmp_path) -> None:
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--", "train.py")
+    run = ("--run", tmp_path / "run", "--data", corpus, "--init", micro_model, "--tokens", "1024")
+    done = run_command(*ranks, *WORDS[:-2], *run)
+    assert done.returncode == 0, done.stderr
+    assert "2 × CPU" in done.stdout
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json").read_text())
+    assert len(state["loader"]["positions"]) == 8  # of both ranks
 
 
 def test_a_dead_rank_ends_the_others(corpus, micro_model, tmp_path) -> None:
