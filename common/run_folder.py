@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,13 @@ class RunFolder:
             with readable_disk_errors(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write("\n".join(self._pending) + "\n")
         self._pending.clear()
+
+    def log_samples(self, samples: Iterable[dict[str, Any]]) -> None:
+        """Append what the model wrote to ``samples.jsonl``."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        if lines and self.writes:
+            with readable_disk_errors(self.samples), open(self.samples, "a", encoding="utf-8") as file:
+                file.writelines(lines)
 
     def rewind(self, step: int) -> None:
         """Drop metrics and samples beyond ``step``: the run goes on from there and writes them again."""

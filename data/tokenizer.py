@@ -74,7 +74,12 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return int(max(self._backend.get_vocab(with_added_tokens=True).values())) + 1
+        return max(self.vocabulary.values()) + 1
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
 
     @property
     def begin(self) -> int | None:
@@ -116,9 +121,9 @@ class Tokenizer:
         """Ids of a text, without begin and end."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of some ids, special tokens left out."""
-        return str(self._backend.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """The text of some ids, special tokens left out unless they are asked for."""
+        return str(self._backend.decode(ids, skip_special_tokens=not special))
 
     def copy_to(self, folder: Path) -> None:
         """Copy the tokenizer's files into an existing folder."""
@@ -242,16 +247,19 @@ def _readable(source: TextSource, number: int) -> Iterator[str]:
         return
 
 
+def is_chinese(text: str) -> bool:
+    """Whether a text counts as Chinese: a fifth or more of its characters are."""
+    return len(_CHINESE.findall(text)) * 5 >= len(text)
+
+
 def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[float, str]]:
     """Bytes of UTF-8 a token for English and for Chinese, each with what it was measured on.
 
-    Texts whose characters are Chinese by a fifth or more count as Chinese, the others as English. A
-    language that does not occur is measured on a short paragraph.
+    A language that does not occur is measured on a short paragraph.
     """
     groups: dict[str, list[str]] = {"English": [], "Chinese": []}
     for text in texts:
-        chinese = len(_CHINESE.findall(text)) * 5 >= len(text)
-        groups["Chinese" if chinese else "English"].append(text)
+        groups["Chinese" if is_chinese(text) else "English"].append(text)
     measured = {}
     for language, found in groups.items():
         on = f"{len(found):,} documents of the corpus" if found else "a short paragraph: the corpus has no such text"

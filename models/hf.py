@@ -4,7 +4,10 @@ Without QK-norm the folder is a Llama, with it a Qwen3: architectures that trans
 llama.cpp and vLLM know, so nothing needs remote code. Weights are safetensors in fp32.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -40,24 +43,22 @@ def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
     return out
 
 
-def from_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of :func:`to_hugging_face`; KeyError names a tensor that is not there."""
-    state: dict[str, Tensor] = {"embedding.weight": weights["model.embed_tokens.weight"]}
+def their_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Our tensors' names, each with Hugging Face's names of the tensors that it is, one below the other."""
+    names: dict[str, tuple[str, ...]] = {"embedding.weight": ("model.embed_tokens.weight",)}
     for layer in range(config.layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        heads = [weights[f"{theirs}self_attn.{name}.weight"] for name in ("q_proj", "k_proj", "v_proj")]
-        state[ours + "attention.qkv.weight"] = torch.cat(heads)
-        halves = [weights[theirs + "mlp.gate_proj.weight"], weights[theirs + "mlp.up_proj.weight"]]
-        state[ours + "ffn.gate_up.weight"] = torch.cat(halves)
-        for name, other in _unfused(config).items():
-            state[ours + name] = weights[theirs + other]
-    state["norm.weight"] = weights["model.norm.weight"]
-    state["head.weight"] = state["embedding.weight"] if config.tied else weights["lm_head.weight"]
-    return state
+        heads = tuple(f"{theirs}self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj"))
+        names[ours + "attention.qkv.weight"] = heads
+        names[ours + "ffn.gate_up.weight"] = (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight")
+        names |= {ours + name: (theirs + other,) for name, other in _unfused(config).items()}
+    names["norm.weight"] = ("model.norm.weight",)
+    names["head.weight"] = names["embedding.weight"] if config.tied else ("lm_head.weight",)
+    return names
 
 
 def _unfused(config: ModelConfig) -> dict[str, str]:
-    """Names within a block, ours to theirs, of the tensors that are stored as they are."""
+    """Names within a block, ours to theirs, of the tensors that are not fused."""
     names = {
         "attention_norm.weight": "input_layernorm.weight",
         "attention.out.weight": "self_attn.o_proj.weight",
@@ -93,19 +94,42 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder's safetensors files; UserError when there are none or one is cut."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no model*.safetensors; weights in other formats must be converted first")
-    weights: dict[str, Tensor] = {}
-    for file in files:
+class WeightFiles:
+    """The tensors in a model folder's safetensors files, read when they are asked for.
+
+    Raises:
+        UserError: there are none, or one is cut.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} holds no model*.safetensors; weights in other formats must be converted first")
+        for file in files:
+            with self._open(file) as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored; UserError when it is not there."""
+        if name not in self._files:
+            raise UserError(f"the weights of {self.folder} lack the tensor {name!r}")
+        with self._open(self._files[name]) as tensors:
+            return cast(Tensor, tensors.get_tensor(name))
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[Any]:
         try:
             with safe_open(file, framework="pt") as tensors:
-                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                yield tensors
         except Exception as error:  # safetensors raises its own type, which it does not export stably
             raise UserError(f"{file} is damaged: {error}") from error
-    return weights
 
 
 def write_model(
@@ -121,25 +145,35 @@ def write_model(
     save_weights(to_hugging_face(state, config), folder)
 
 
-def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights in a model folder, in fp32 under our names."""
-    try:
-        state = from_hugging_face(load_weights(folder), config)
-    except KeyError as missing:
-        raise UserError(f"the weights of {folder} lack the tensor {missing}") from missing
-    return {name: tensor.float() for name, tensor in state.items()}
+def our_values(folder: Path, config: ModelConfig) -> Callable[[str, torch.Size], Tensor]:
+    """The weights in a model folder by our names, each read in fp32 when it is asked for with its shape.
+
+    Raises:
+        UserError: one is missing, or of another shape.
+    """
+    files, names = WeightFiles(folder), their_names(config)
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return checked_shape(torch.cat([files.read(part).float() for part in names[name]]), name, shape, folder)
+
+    return value
 
 
-def load_into(model: Transformer, folder: Path) -> None:
-    """Fill a model with the weights of a folder; UserError when they are of another shape."""
-    try:
-        model.load_state_dict(read_state(folder, model.config))
-    except RuntimeError as error:
-        raise UserError(f"the weights of {folder} do not have the shapes of its config.json: {error}") from error
+def checked_shape(tensor: Tensor, name: str, shape: torch.Size, folder: Path) -> Tensor:
+    """The tensor itself; UserError when it is not of the shape that ``config.json`` promises."""
+    if tensor.shape != shape:
+        raise UserError(
+            f"the weights of {folder} do not have the shapes of its config.json: {name} is {tuple(tensor.shape)}, "
+            f"expected {tuple(shape)}"
+        )
+    return tensor
 
 
 def load_model(folder: Path) -> Transformer:
-    """Our transformer with the weights of a model folder."""
+    """Our transformer with the weights of a model folder; UserError when they are of another shape."""
     model = Transformer(read_config(folder))
-    load_into(model, folder)
+    values = our_values(folder, model.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values(name, parameter.shape))
     return model

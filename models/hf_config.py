@@ -6,7 +6,7 @@ former and silently falls back to other values without it.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.errors import UserError
 from models.sizes import ModelConfig
@@ -85,12 +85,49 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a folder; UserError when it is no model folder of ours."""
+def nearest_shape(values: dict[str, Any]) -> ModelConfig:
+    """The shape of ours that comes nearest to a foreign ``config.json``, for estimates: biases are left out."""
+    heads = values["num_attention_heads"]
+    feed_forward = values["intermediate_size"]
+    if values["model_type"] == "phi":  # two matrices, where SwiGLU has three
+        feed_forward = feed_forward * 2 // 3
+    return ModelConfig(
+        layers=values["num_hidden_layers"],
+        width=values["hidden_size"],
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_width=values.get("head_dim") or values["hidden_size"] // heads,
+        ffn=feed_forward,
+        vocab=values["vocab_size"],
+        context=values["max_position_embeddings"],
+        tied=values.get("tie_word_embeddings", False),
+        qk_norm=values["model_type"] == "qwen3",
+    )
+
+
+def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` whose rotary settings stand at the top level too, where MLC-LLM reads them.
+
+    transformers 5 writes them into ``rope_parameters`` alone, and MLC-LLM then takes others without a word.
+    """
+    rope = values.get("rope_parameters") or {}
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope:
+        found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return found | values
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's ``config.json``; UserError when it has none that can be read."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cast(dict[str, Any], json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no model folder: it has no config.json") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    return from_config(values, folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder; UserError when it is no model folder of ours."""
+    return from_config(read_values(folder), folder)

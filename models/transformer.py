@@ -9,6 +9,7 @@ feed-forward width, V vocabulary, M = B·T tokens.
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ IGNORE = -100
 HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
 """Tokens whose logits exist at one time: large enough for efficient matrix products, on a CPU small enough
 that the passes over the logits find them in its caches."""
+
+HeadLoss = Callable[[Tensor, nn.Linear, Tensor], Any]
+"""Last hidden states (M, D), the head and targets (M) to a loss of one's own."""
 
 
 class RMSNorm(nn.Module):
@@ -170,6 +174,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         z_loss: float = 0.0,
+        head_loss: HeadLoss | None = None,
     ) -> Any:
         """Logits, or with targets the summed loss.
 
@@ -180,6 +185,7 @@ class Transformer(nn.Module):
             targets_BT: the ids to predict, :data:`IGNORE` where nothing is.
             z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311, section 5), which keeps
                 the logits from drifting.
+            head_loss: takes the place of the cross-entropy; what it returns is returned.
 
         Returns:
             Without targets the logits (B, T, V). With targets ``(loss, nll)``: the sum over the targets
@@ -199,6 +205,8 @@ class Transformer(nn.Module):
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)
+        if head_loss is not None:
+            return head_loss(x_BTD.flatten(0, 1), self.head, targets_BT.flatten())
         return ChunkedCrossEntropy.apply(
             x_BTD.flatten(0, 1),
             self.head.weight,
@@ -291,7 +299,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         weight = weight_VD.to(hidden_MD.dtype)
         d_hidden_MD = torch.empty_like(hidden_MD) if with_gradients else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradients else None
+        trains_head = with_gradients and ctx.needs_input_grad[1]
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_head else None
         chunk = HEAD_CHUNK[hidden_MD.device.type]
         with torch.autocast(hidden_MD.device.type, enabled=False):
             for first in range(0, len(hidden_MD), chunk):
@@ -300,8 +309,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 chunk_total, chunk_nll, d_logits = step(logits, targets_M[part], z_loss, with_gradients)
                 loss += chunk_total
                 nll += chunk_nll
-                if d_hidden_MD is not None and d_weight_VD is not None:
+                if d_hidden_MD is not None:
                     torch.mm(d_logits, weight, out=d_hidden_MD[part])
+                if d_weight_VD is not None:
                     _accumulate(d_weight_VD, d_logits, hidden_MD[part])
                 del logits, d_logits  # before the next chunk's are made
         ctx.save_for_backward(d_hidden_MD, d_weight_VD)
@@ -312,7 +322,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor) -> Any:
         d_hidden_MD, d_weight_VD = ctx.saved_tensors
-        d_weight_VD = (d_weight_VD * d_loss).to(ctx.weight_dtype)
+        if d_weight_VD is not None:
+            d_weight_VD = (d_weight_VD * d_loss).to(ctx.weight_dtype)
         return d_hidden_MD * d_loss.to(d_hidden_MD.dtype), d_weight_VD, None, None, None, None
 
 
@@ -375,6 +386,10 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     std = 0.02
     if name.endswith(("attention.out.weight", "ffn.down.weight")):
         std /= math.sqrt(2 * config.layers)
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(name, seed))
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The random numbers that a weight is drawn from."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -55,9 +55,10 @@ def _main() -> None:
 
     prepare_environment()
     place = join(command.devices, command.nodes)
+    from train.pretrain import pretrain
     from train.rank import run_rank
 
-    run_rank(run_settings(command), place)
+    run_rank(lambda: pretrain(run_settings(command), place), place)
 
 
 if __name__ == "__main__":

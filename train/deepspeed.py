@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from train.engine import Engine, MakeOptimizers, Values
-from train.settings import TrainSettings
+from train.settings import RunSettings
 
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
         "gradient_clipping", "bf16", "fp16")  # fmt: skip
@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the names that torch and DeepSpeed give them."""
 
 
-def make_strategy(settings: TrainSettings, name: str, cuda: bool, common: dict[str, Any]) -> DeepSpeedStrategy:
+def make_strategy(settings: RunSettings, name: str, cuda: bool, common: dict[str, Any]) -> DeepSpeedStrategy:
     """Fabric's strategy for ``deepspeed-2``, ``deepspeed-3`` or ``deepspeed-3-offload``.
 
     Raises:

@@ -19,14 +19,14 @@ from models.sizes import ModelConfig
 from train.engine import shard
 from train.launch import Place
 from train.plan import Fit, Machine, best, workload_of
-from train.settings import TrainSettings
+from train.settings import RunSettings
 
 STEP_TIMEOUT = timedelta(minutes=20)
 """The longest that ranks wait for each other within a step. Compiling takes minutes and not equally many on
 every node; a rank that hangs for longer is lost, and the job had better end and be started again."""
 
 
-def choose_precision(settings: TrainSettings, place: Place) -> Any:
+def choose_precision(settings: RunSettings, place: Place) -> Any:
     """32 or bf16: bf16 where the device has instructions for it, for elsewhere it is slower than fp32."""
     if settings.precision != "auto":
         return settings.precision
@@ -39,7 +39,7 @@ def choose_precision(settings: TrainSettings, place: Place) -> Any:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "32"
 
 
-def choose_device(settings: TrainSettings, place: Place) -> torch.device:
+def choose_device(settings: RunSettings, place: Place) -> torch.device:
     """This rank's device: the one that ``--device`` asks for; UserError when it is not there."""
     available = torch.cuda.device_count()
     name = settings.device if settings.device != "auto" else ("cuda" if available else "cpu")
@@ -68,8 +68,12 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def choose_fit(settings: TrainSettings, config: ModelConfig, place: Place, device: torch.device) -> Fit:
+def choose_fit(
+    settings: RunSettings, config: ModelConfig, place: Place, device: torch.device, trainable: int | None = None
+) -> Fit:
     """How to spread the run and how many rows to take at once: as asked for, the rest by the plan.
+
+    ``trainable`` is the number of parameters that are trained, where it is not all of them.
 
     Raises:
         UserError: the ranks cannot share the batch.
@@ -80,17 +84,17 @@ def choose_fit(settings: TrainSettings, config: ModelConfig, place: Place, devic
     else:
         gpu = gpus.cpu_here(place.devices)
     workload = workload_of(settings, config, Machine(gpu, place.devices, place.nodes))
-    return best(replace(workload, compiled=compiles(settings, device)))
+    return best(replace(workload, compiled=compiles(settings, device), trainable=trainable))
 
 
-def compiles(settings: TrainSettings, device: torch.device) -> bool:
+def compiles(settings: RunSettings, device: torch.device) -> bool:
     """Whether the model is compiled; not under ZeRO-3, whose hooks on every layer would break the blocks' graphs."""
     if settings.strategy.startswith("deepspeed-3"):
         return False
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
 
-def make_fabric(settings: TrainSettings, place: Place, strategy: str) -> Fabric:
+def make_fabric(settings: RunSettings, place: Place, strategy: str) -> Fabric:
     """Fabric for this rank, launched: the ranks have met.
 
     Args:
@@ -116,7 +120,7 @@ def make_fabric(settings: TrainSettings, place: Place, strategy: str) -> Fabric:
     return fabric
 
 
-def _fabric_strategy(settings: TrainSettings, place: Place, strategy: str, cuda: bool) -> Any:
+def _fabric_strategy(settings: RunSettings, place: Place, strategy: str, cuda: bool) -> Any:
     common: dict[str, Any] = {"process_group_backend": "nccl" if cuda else "gloo", "timeout": STEP_TIMEOUT}
     if strategy.startswith("deepspeed"):
         from train.deepspeed import make_strategy

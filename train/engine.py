@@ -128,7 +128,7 @@ class Engine:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as ``model.NAME``."""
+        """The weights that are trained, as ``model.NAME``."""
         return {f"model.{name}": parameter.detach() for name, parameter in self._named()}
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -140,7 +140,7 @@ class Engine:
         for module in self.raw.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return list(self.raw.named_parameters())
+        return [(name, parameter) for name, parameter in self.raw.named_parameters() if parameter.requires_grad]
 
     def tensors_to_load(self, stored: dict[str, torch.Size]) -> dict[str, Tensor]:
         """The tensors that a checkpoint with ``stored`` names and shapes is read into.
@@ -185,7 +185,11 @@ def engine_for(fabric: Fabric) -> type[Engine]:
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Memory on ``device`` for a model on the meta device; a tied weight stays one, which ``to_empty`` makes two."""
+    """Memory on ``device`` for a model on the meta device.
+
+    A tied weight stays one, which ``to_empty`` makes two; tables that are no weights keep their values.
+    """
+    tables = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -194,6 +198,8 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     for (first, its_name), *others in places.values():
         for module, name in others:
             setattr(module, name, getattr(first, its_name))
+    for name, buffer in tables.items():
+        model.get_buffer(name).copy_(buffer)
 
 
 @torch.no_grad()

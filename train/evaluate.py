@@ -1,22 +1,22 @@
 """Validation loss, bits per byte and sample continuations."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.console import Console
 from common.distributed import Job
-from common.files import readable_disk_errors
-from common.run_folder import RunFolder
-from data.packing import make_batch
+from data.packing import IGNORE, Array, Batch, make_batch
 from data.sources import Corpus
 from data.tokenizer import Tokenizer
 from data.validation import HeldOut, read_held_out
 from train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from train.stage import Stage
 
 
 @torch.no_grad()
@@ -48,16 +48,12 @@ def validate(
     """
     losses, bits = [], []
     for held in held_out:
-        nll, count = torch.zeros((), device=device, dtype=torch.float64), 0
-        # Every rank makes as many forward passes: under FSDP2 they are made together.
-        for start in range(0, len(held.rows), rows * job.world_size):
-            part = held.rows[start + job.rank * rows :][:rows]
-            filling = np.full((rows - len(part), part.shape[1]), end, dtype=part.dtype)  # predicts nothing
-            batch = make_batch(np.concatenate([part, filling]), end)  # always the shape that is compiled
-            count += batch.target_count
-            parts = (torch.from_numpy(part).to(device) for part in (batch.inputs, batch.positions, batch.targets))
-            nll += model(*parts)[1]
-        nats, targets = job.sum(torch.stack([nll, nll.new_tensor(count)])).tolist()
+
+        def nll(batch: dict[str, Tensor]) -> Tensor:
+            negative: Tensor = model(batch["inputs"], batch["positions"], batch["targets"])[1]
+            return negative[None]
+
+        nats, targets = summed(nll, make_batch(held.rows, end), rows, device, job)
         losses.append(nats / max(targets, 1))
         bits.append(nats / math.log(2) / max(held.text_bytes, 1))
     total = sum(weights)
@@ -72,35 +68,80 @@ def validate(
 
 
 @torch.no_grad()
-def continue_text(
+def summed(
+    call: Callable[[dict[str, Tensor]], Tensor], batch: Batch, rows: int, device: torch.device, job: Job
+) -> list[float]:
+    """The sums over a batch of the figures that ``call`` gives for some of its rows, and last of its targets.
+
+    Args:
+        call: a micro-batch on the device to figures without gradient, a vector.
+        batch: the same on every rank; they share its rows.
+        rows: rows in a forward pass.
+        device: where to put them.
+        job: the ranks.
+    """
+    totals: Tensor | None = None
+    # Every rank makes as many forward passes, under FSDP2 they are made together; always of the shape that is compiled.
+    for start in range(0, len(batch.inputs), rows * job.world_size):
+        own = slice(start + job.rank * rows, start + (job.rank + 1) * rows)
+        part = {
+            "inputs": _filled(batch.inputs[own], rows, 0),
+            "targets": _filled(batch.targets[own], rows, IGNORE),
+            "positions": _filled(batch.positions[own], rows, 0),
+        }
+        figures = call({name: torch.from_numpy(values).to(device) for name, values in part.items()}).double()
+        totals = figures if totals is None else totals + figures
+    assert totals is not None
+    return [*job.sum(totals).tolist(), float(batch.target_count)]
+
+
+def _filled(values: Array, rows: int, value: int) -> Array:
+    """As many rows as asked for, those that are missing of one value, which predict nothing."""
+    filling = np.full((rows - len(values), values.shape[1]), value, dtype=values.dtype)
+    return np.concatenate([values, filling]) if len(filling) else values
+
+
+@torch.no_grad()
+def write_on(
     model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str,
+    ids: list[int],
     tokens: int,
+    stop: Collection[int],
     context: int,
     device: torch.device,
     job: Job,
+    *,
+    temperature: float,
     seed: int = 0,
-) -> str:
-    """What the model writes after ``prompt``: sampled at temperature 0.8 from the 40 likeliest tokens.
+) -> list[int]:
+    """The tokens that a model writes after others, up to one of ``stop``, which is the last then.
 
     Recomputes the row for each token instead of keeping a cache: meant for a few dozen tokens. All ranks
     compute the same, for a sharded model needs them; rank 0's choice counts.
+
+    Args:
+        model: gives logits.
+        ids: what stands before.
+        tokens: the most to write.
+        stop: ids to stop after.
+        context: the longest row.
+        device: where the model is.
+        job: the ranks.
+        temperature: of sampling among the 40 likeliest tokens; 0 takes the likeliest.
+        seed: of sampling.
     """
-    opening = [] if tokenizer.begin is None else [tokenizer.begin]
-    ids = opening + tokenizer.encode(prompt)
-    first = len(ids)
+    written: list[int] = []
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(tokens):
-        row = torch.tensor([ids[-context:]], device=device)
-        logits: Tensor = model(row)[0, -1].float().cpu()
-        best, choices = logits.topk(min(40, len(logits)))
-        pick = torch.multinomial((best / 0.8).softmax(-1), 1, generator=generator)
-        token = job.broadcast(int(choices[pick]))
-        if token == tokenizer.end:
-            break
-        ids.append(token)
-    return tokenizer.decode(ids[first:])
+    with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        while len(written) < tokens and not (written and written[-1] in stop):
+            row = torch.tensor([(ids + written)[-context:]], device=device)
+            logits: Tensor = model(row)[0, -1].float().cpu()
+            best, choices = logits.topk(min(40, len(logits)))
+            pick = 0
+            if temperature:
+                pick = int(torch.multinomial((best / temperature).softmax(-1), 1, generator=generator))
+            written.append(job.broadcast(int(choices[pick])))
+    return written
 
 
 class Evaluator:
@@ -110,21 +151,10 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        model: nn.Module,
-        run: RunFolder,
-        console: Console,
-        rows: int,
-        device: torch.device,
-        job: Job,
+        self, stage: "Stage", settings: TrainSettings, corpus: Corpus, tokenizer: Tokenizer, model: nn.Module
     ) -> None:
-        self._job = job
-        self._settings, self._corpus, self._tokenizer, self._model = settings.eval, corpus, tokenizer, model
-        self._run, self._console, self._rows, self._device = run, console, rows, device
-        self._seed = settings.seed
+        self._stage, self._settings, self._corpus = stage, settings.eval, corpus
+        self._tokenizer, self._model, self._seed = tokenizer, model, settings.seed
         assert settings.seq_len is not None
         assert settings.eval.tokens is not None
         self._seq_len = settings.seq_len
@@ -133,26 +163,29 @@ class Evaluator:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Validation figures after ``step``; continuations go to ``samples.jsonl`` and the console."""
-        weights = self._corpus.weights
-        figures = validate(
-            self._model, self._held_out, weights, self._tokenizer.end, self._rows, self._device, self._job
-        )
-        samples = self._continuations()
-        if not self._run.writes:
-            return figures
-        with readable_disk_errors(self._run.samples), open(self._run.samples, "a", encoding="utf-8") as file:
-            for prompt, text in samples.items():
-                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+        stage, weights, end = self._stage, self._corpus.weights, self._tokenizer.end
+        figures = validate(self._model, self._held_out, weights, end, stage.micro_rows, stage.device, stage.job)
+        samples = {prompt: self._continuation(prompt) for prompt in self._prompts()}
+        stage.run.log_samples({"step": step, "prompt": prompt, "text": text} for prompt, text in samples.items())
         for prompt, text in list(samples.items())[:1]:
-            self._console.say(f"  {prompt}{text}".replace("\n", " "))
+            stage.console.say(f"  {prompt}{text}".replace("\n", " "))
         return figures
 
-    def _continuations(self) -> dict[str, str]:
-        length = self._settings.continuation
-        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-            return {
-                prompt: continue_text(
-                    self._model, self._tokenizer, prompt, length, self._seq_len, self._device, self._job, self._seed
-                )
-                for prompt in (self._settings.prompts if length else ())
-            }
+    def _prompts(self) -> list[str]:
+        return self._settings.prompts if self._settings.continuation else []
+
+    def _continuation(self, prompt: str) -> str:
+        tokenizer, stage, length = self._tokenizer, self._stage, self._settings.continuation
+        opening = [] if tokenizer.begin is None else [tokenizer.begin]
+        written = write_on(
+            self._model,
+            opening + tokenizer.encode(prompt),
+            length,
+            {tokenizer.end},
+            self._seq_len,
+            stage.device,
+            stage.job,
+            temperature=0.8,
+            seed=self._seed,
+        )
+        return tokenizer.decode(written)

@@ -38,9 +38,22 @@ class Batches(Protocol):
     def state(self) -> dict[str, Any]:
         """The rows taken so far, as plain values from which the source can go on."""
 
+    def merge(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run from those of all its ranks; an empty one from none, on ranks other than 0."""
+
+    def warnings(self, state: dict[str, Any]) -> list[str]:
+        """What the user should know of the rows so far, given their merged state."""
+
+    def close(self) -> None:
+        """End what the source has started."""
+
 
 Objective = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
 """Model and a micro-batch to (summed loss, summed negative log-likelihood without gradient)."""
+
+
+Evaluate = Callable[[int], dict[str, float]]
+"""Step to figures to log."""
 
 
 @dataclass
@@ -73,8 +86,7 @@ class Training:
     """Largest global gradient norm; 0 does not clip."""
     log_every: int
     """Steps."""
-    evaluate: Callable[[int], dict[str, float]]
-    """Called with the step; returns figures to log."""
+    evaluate: Evaluate
     evaluate_every: int
     """Steps; 0 never."""
     save: Callable[[Progress, bool], Any]
@@ -85,6 +97,8 @@ class Training:
     """A checkpoint is made after so long in any case."""
     save_at: Callable[[int], bool] = lambda step: False
     """Whether a step's checkpoint is made whatever ``save_every`` says."""
+    evaluate_first: bool = False
+    """Evaluate before the first step, too."""
     patience: int = 20
     """Skipped steps in a row that end the run."""
     flops_per_token: float | None = None
@@ -117,8 +131,9 @@ def fit(training: Training) -> signal.Signals | None:
     t.engine.model.train()
     try:
         evaluated = t.engine.job.broadcast(t.run.evaluated(progress.step))
-        if stopped is None and progress.step and _evaluation_due(training) and not evaluated:
-            _evaluate(training, meter)  # the stop came first
+        due = _evaluation_due(training) if progress.step else t.evaluate_first
+        if stopped is None and due and not evaluated:
+            _evaluate(training, meter)  # of the first weights, or the stop came first
         while progress.tokens < t.tokens and stopped is None:
             steps.take(save_due=time.monotonic() - last_save > t.save_seconds)
             steps.settle()

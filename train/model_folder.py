@@ -1,64 +1,67 @@
 """The model folder at the end of a run, with the record of where it came from."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
-from data.sources import Corpus
 from data.tokenizer import Tokenizer
-from models.hf import write_model
-from models.hf_config import read_config
-from train import checkpoint
-from train.settings import TrainSettings
+from models.foreign import Architecture
+from models.hf import save_weights
+from train import checkpoint, lora
 
 
-def data_seen(settings: TrainSettings, corpus: Corpus, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every source that the weights see: those of the weights before, then those of this run.
-
-    Args:
-        settings: of the run.
-        corpus: its sources.
-        state: of the checkpoint that the run goes on from; empty for a new run.
-    """
-    shares = zip(corpus.sources, corpus.weights, strict=True)
-    own = {"stage": "pretrain", "sources": [{"source": source.origin, "weight": share} for source, share in shares]}
-    return [*(state["data"][:-1] if state else _seen_before(settings.init)), own]
+def own_data(stage: str, origins: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    """What a run trains on, for the record: where its sources are from, and their shares."""
+    shares = [{"source": origin, "weight": share} for origin, share in zip(origins, weights, strict=True)]
+    return {"stage": stage, "sources": shares}
 
 
-def _seen_before(init: str | None) -> list[dict[str, Any]]:
-    """What the weights of ``--init`` had seen, as far as they tell."""
-    for name in ("palmtop.json", "state.json"):
-        record = Path(init or "") / name
-        if init is not None and record.exists():
-            return list(json.loads(record.read_text(encoding="utf-8"))["data"])
-    return [] if init is None else [{"stage": "unknown", "from": init}]
+def data_seen(path: Path) -> list[dict[str, Any]]:
+    """Every source that the weights in a model folder or checkpoint have seen, as far as they tell."""
+    if (path / "state.json").exists():
+        return list(checkpoint.read_state(path)["record"]["data"])
+    if (path / "palmtop.json").exists():
+        return list(json.loads((path / "palmtop.json").read_text(encoding="utf-8"))["data"])
+    return [{"stage": "unknown", "from": str(path)}]
+
+
+def generation_config(begin: int | None, stop: Sequence[int], pad: int | None) -> dict[str, Any]:
+    """The ``generation_config.json`` of a model that has written all when it writes one of ``stop``."""
+    ids = {"bos_token_id": begin, "eos_token_id": stop[0] if len(stop) == 1 else list(stop), "pad_token_id": pad}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def write_model_folder(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
     """Make a checkpoint a model folder: weights, configuration, tokenizer and ``palmtop.json``.
 
     An older folder is replaced in one step. However the checkpoint is sharded, one process reads it; it
-    needs host memory for the fp32 weights. ``palmtop.json`` names all of the data (see :func:`data_seen`),
-    so that it can be told later whether a model stayed within a competition's rules.
+    needs host memory for the fp32 weights. ``palmtop.json`` is the ``record`` in the checkpoint's state, with
+    all data that the weights have seen, so that it can be told later whether a model stayed within a competition's
+    rules, and how the run went.
     """
-    state, config = checkpoint.read_state(path), read_config(path)
+    state, architecture = checkpoint.read_state(path), Architecture.of(path)
     record = {
-        "stage": "pretrain",
+        **state["record"],
         "command": command(),
         "git": git_commit(),
         "tokens": state["tokens"],
         "steps": state["step"],
-        "data": state["data"],
-        "damaged_shards_passed_over": state["loader"]["bad_shards"],
-        "parent": state["settings"]["init"],
+        "damaged_shards_passed_over": state["loader"].get("bad_shards", []),
         "settings": state["settings"],
     }
     weights = checkpoint.read_weights(path)
-    if config.tied:
-        weights["head.weight"] = weights["embedding.weight"]
+    if state.get("lora") is not None:
+        weights = lora.merge(weights, Path(state["lora"]["base"]), state["lora"]["scale"])
+    dtype = getattr(torch, architecture.values["dtype"])
+    named = {name: tensor.to(dtype) for name, tensor in architecture.hugging_face(weights).items()}
     with new_folder(folder) as temporary:
-        write_model(weights, config, temporary, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
+        write_json(temporary / "config.json", architecture.values)
+        write_json(temporary / "generation_config.json", state["generation"])
+        save_weights(named, temporary)
         tokenizer.copy_to(temporary)
         write_json(temporary / "palmtop.json", record)

@@ -15,7 +15,7 @@ from models.gpus import Gpu
 from models.sizes import ModelConfig
 
 if TYPE_CHECKING:
-    from train.settings import TrainSettings
+    from train.settings import RunSettings
 
 RESERVE = 0.08
 """Share of a device's memory that is left to CUDA's context and libraries (about 1 GB), NCCL's buffers (1 to 2 GB on
@@ -125,6 +125,8 @@ class Workload:
     """Rows in a forward pass; None: what fits."""
     compiled: bool | None = None
     """The blocks are compiled, which keeps fewer activations. None: on a GPU."""
+    trainable: int | None = None
+    """Parameters that are trained, where the others are frozen (LoRA). None: all."""
 
     @property
     def value_bytes(self) -> int:
@@ -229,8 +231,13 @@ def device_state(job: Workload, strategy: str) -> State:
 
     Exact for ddp, fsdp and hsdp (:func:`models.budget.state_bytes`). Roughly for DeepSpeed, whose ZeRO cuts one
     flat vector into W parts: stage 2 weights b·P, gradients 4·P/W, fp32 weights and moments 12·P/W; stage 3
-    weights b·P/W as well; with offload gradients b·P/W, and the rest of the optimiser in main memory.
+    weights b·P/W as well; with offload gradients b·P/W, and the rest of the optimiser in main memory. Where only R
+    parameters are trained (not under DeepSpeed): weights b·P + 4·R, gradients 4·R, AdamW's moments 8·R.
     """
+    if job.trainable is not None:
+        shards, extra = _shards(job, strategy), job.trainable
+        weights = job.value_bytes * budget.parameters(job.config).total + 4 * extra
+        return State(-(-weights // shards), -(-4 * extra // shards), -(-8 * extra // shards))
     if not strategy.startswith("deepspeed"):
         return budget.state_bytes(job.config, job.optimizer, shards=_shards(job, strategy))
     count = budget.parameters(job.config).total
@@ -313,7 +320,7 @@ def checkpoint_bytes(config: ModelConfig, optimizer: str) -> int:
     return state.weights + state.optimizer
 
 
-def workload_of(settings: "TrainSettings", config: ModelConfig, machine: Machine) -> Workload:
+def workload_of(settings: "RunSettings", config: ModelConfig, machine: Machine) -> Workload:
     """What resolved settings ask for on a machine; precision is chosen as on that device."""
     assert settings.seq_len is not None
     assert settings.batch_tokens is not None

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -12,19 +13,21 @@ from common import signals
 from common.distributed import is_lost_contact, lost_to, tell_failure
 from common.errors import UserError
 from train.launch import Place
-from train.pretrain import pretrain
-from train.settings import TrainSettings
 from train.slurm import requeue
 
 
-def run_rank(settings: TrainSettings, place: Place) -> None:
+def run_rank(train: Callable[[], signal.Signals | None], place: Place) -> None:
     """Train; exits with 128 + the number of the signal that stopped the run, if one did.
+
+    Args:
+        train: returns that signal.
+        place: of this process in its job.
 
     SIGUSR1 under SLURM means that the time is nearly up: the job is put into the queue again. SIGTERM
     does not: it comes from ``scancel`` too, whose user wants the job gone.
     """
     try:
-        stopped = pretrain(settings, place)
+        stopped = train()
     except BaseException as error:
         if place.world_size == 1:
             raise

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from models.hf_config import read_config
 from models.sizes import ModelConfig
 from train import checkpoint
-from train.settings import TrainSettings
+from train.settings import Run, RunSettings
 
 Settings = TypeVar("Settings")
 
@@ -44,7 +44,7 @@ def _tokenizer_folders(path: Path | None) -> list[Path]:
     return [] if path is None else [path, path.absolute().parent.parent / "tokenizer"]
 
 
-def adopt_stored(settings: TrainSettings, run: RunFolder) -> TrainSettings:
+def adopt_stored(settings: Run, run: RunFolder) -> Run:
     """Take what the command leaves open from the run it goes on with.
 
     Defaults that depend on the budget (batch, warm-up, decay) must not move when ``--tokens`` grows.
@@ -53,7 +53,7 @@ def adopt_stored(settings: TrainSettings, run: RunFolder) -> TrainSettings:
     return settings if stored is None else _fill(settings, stored)
 
 
-def stored_shape(settings: TrainSettings, run: RunFolder) -> ModelConfig | None:
+def stored_shape(settings: RunSettings, run: RunFolder) -> ModelConfig | None:
     """The shape of the model in the checkpoint to go on from; None for a new run."""
     asked = _asked_for(settings, run)
     if asked is not None:
@@ -64,8 +64,8 @@ def stored_shape(settings: TrainSettings, run: RunFolder) -> ModelConfig | None:
     return None if found is None else read_config(found)
 
 
-def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], None]) -> Origin:
-    """Decide what the run starts from.
+def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], None], init: str | None) -> Origin:
+    """Decide what the run starts from; ``init`` names the weights of a new run, None leaves them to be drawn.
 
     Raises:
         UserError: the run was made with other settings (shows them), exists though ``--resume never`` or
@@ -98,10 +98,10 @@ def find_origin(settings: TrainSettings, run: RunFolder, warn: Callable[[str], N
         return Origin(checkpoint=newest, verified=True)
     if stored is None:
         shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
-    return Origin(init=Path(settings.init) if settings.init else None)
+    return Origin(init=Path(init) if init else None)
 
 
-def _asked_for(settings: TrainSettings, run: RunFolder) -> Path | None:
+def _asked_for(settings: RunSettings, run: RunFolder) -> Path | None:
     """The checkpoint that ``--resume PATH`` names; None when the run has gone on from it already.
 
     So the same command can be given again, by a user or by SLURM, without starting over each time.
@@ -115,7 +115,7 @@ def _asked_for(settings: TrainSettings, run: RunFolder) -> Path | None:
     return Path(settings.resume)
 
 
-def _stored_settings(settings: TrainSettings, run: RunFolder) -> dict[str, Any] | None:
+def _stored_settings(settings: RunSettings, run: RunFolder) -> dict[str, Any] | None:
     """The settings that the checkpoint to go on from was made with, or None for a new run.
 
     A run that was stopped before its first checkpoint binds nobody, unless its settings are the same.
@@ -145,7 +145,7 @@ def _fill(settings: Settings, stored: dict[str, Any]) -> Settings:
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
-def _refuse_differences(settings: TrainSettings, stored: dict[str, Any], run: RunFolder) -> None:
+def _refuse_differences(settings: RunSettings, stored: dict[str, Any], run: RunFolder) -> None:
     different = [
         (name, old, new)
         for name, old, new in differences(settings, stored)

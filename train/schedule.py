@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from train.settings import TrainSettings
+from train.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Schedule:
     final: float
 
     @classmethod
-    def of(cls, settings: TrainSettings) -> "Schedule":
+    def of(cls, settings: RunSettings) -> "Schedule":
         """The schedule of resolved settings."""
         chosen = settings.schedule
         assert settings.optimizer.lr is not None

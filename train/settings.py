@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
@@ -18,6 +18,8 @@ from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
 from train.plan import check_micro_batch, share_of_rows
 from train.slurm import Request
+
+Run = TypeVar("Run", bound="RunSettings")
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -148,15 +150,9 @@ class LogSettings:
 
 
 @dataclass
-class TrainSettings:
-    """Pre-train a language model from text."""
+class RunSettings:
+    """What every run of the loop can be told, whatever stage it is of."""
 
-    size: str | None = None
-    """Shape of the model, a row of models/sizes.py: tiny, 15m, 60m, 125m … 3b, c4-60m … c4-1b. Default: 125m."""
-    data: Mix = option(Mix.parse("c4"))
-    """c4, c4:LANGUAGE, sample, a folder (C4's layout or prepared), or a mix: c4:en=0.9,c4:zh=0.1."""
-    tokenizer: str | None = None
-    """A tokenizer's folder, a model folder or a name on the hub. Default: one is trained before the first step."""
     tokens: Count | None = None
     """Training budget, such as 2e9. Default: 20 tokens a parameter."""
     seq_len: Count | None = None
@@ -167,8 +163,6 @@ class TrainSettings:
     """Name (under runs/) or path of the run folder. Default: the size and the date, or the SLURM job."""
     resume: str = field(default="auto", metadata=MAY_CHANGE)
     """auto: go on from the run's newest good checkpoint; never: refuse a run that exists; or a checkpoint's path."""
-    init: str | None = None
-    """Start a new run from the weights of a model folder or a checkpoint."""
     seed: int = 0
     """Decides the initial weights and the order of shards."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
@@ -191,20 +185,12 @@ class TrainSettings:
     """Insist on bit-identical results from run to run, at some speed."""
     keep_every: int | None = field(default=None, metadata=MAY_CHANGE)
     """Save every N steps and keep those checkpoints for good."""
-    skip_bad_shards: bool = field(default=False, metadata=MAY_CHANGE)
-    """Pass over shards that cannot be decompressed, and count them, instead of stopping."""
     micro_batch: int | None = field(default=None, metadata=MAY_CHANGE)
     """Rows in one forward pass. Default: what fits."""
-    model: ModelSettings = field(default_factory=ModelSettings)
-    """Departures from the size."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """Optimiser."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """Learning-rate schedule."""
-    loader: LoaderSettings = field(default_factory=LoaderSettings)
-    """Data loader."""
-    eval: EvalSettings = field(default_factory=EvalSettings)
-    """Evaluation."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """Checkpoints."""
     health: HealthSettings = field(default_factory=HealthSettings)
@@ -217,6 +203,33 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+@dataclass
+class PretrainSettings:
+    """What only pre-training can be told: the model's shape and its text."""
+
+    size: str | None = None
+    """Shape of the model, a row of models/sizes.py: tiny, 15m, 60m, 125m … 3b, c4-60m … c4-1b. Default: 125m."""
+    data: Mix = option(Mix.parse("c4"))
+    """c4, c4:LANGUAGE, sample, a folder (C4's layout or prepared), or a mix: c4:en=0.9,c4:zh=0.1."""
+    tokenizer: str | None = None
+    """A tokenizer's folder, a model folder or a name on the hub. Default: one is trained before the first step."""
+    init: str | None = None
+    """Start a new run from the weights of a model folder or a checkpoint."""
+    skip_bad_shards: bool = field(default=False, metadata=MAY_CHANGE)
+    """Pass over shards that cannot be decompressed, and count them, instead of stopping."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """Departures from the size."""
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
+    """Data loader."""
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """Evaluation."""
+
+
+@dataclass
+class TrainSettings(RunSettings, PretrainSettings):  # fields of the last base come first, in the help too
+    """Pre-train a language model from text."""
 
 
 @dataclass
@@ -282,37 +295,15 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         world: devices that share the batch.
 
     Raises:
-        UserError: the batch does not divide into rows, the rows or streams among the devices, or the rows into
-            micro-batches; muon or compilation is asked for where DeepSpeed does not allow it.
+        UserError: as :func:`resolve_run`, or the streams cannot be shared evenly.
     """
-    if settings.compile == "on" and settings.strategy.startswith("deepspeed-3"):
-        raise UserError(f"--compile does not work with --strategy {settings.strategy}, whose hooks break every graph")
-    if settings.optimizer.name == "muon" and settings.strategy.startswith("deepspeed"):
-        raise UserError(
-            f"muon needs whole matrices, which --strategy {settings.strategy} cuts into pieces; use --strategy fsdp, "
-            "or --optimizer.name adamw"
-        )
     tokens = settings.tokens or Count(budget.default_tokens(config))
     seq_len = settings.seq_len or Count(config.context)
     rows = max(1, round(default_batch_tokens(tokens) / seq_len / world)) * world
     batch = settings.batch_tokens or Count(rows * seq_len)
-    if batch % seq_len:
-        below = batch // seq_len * seq_len
-        choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
-        raise UserError(f"--batch-tokens {batch} is not a whole number of rows of {seq_len} tokens; use {choices}")
-    share = share_of_rows(batch, seq_len, world)
-    if settings.micro_batch is not None:
-        check_micro_batch(settings.micro_batch, share)
-    check_streams(settings.loader, world)
-    steps = math.ceil(tokens / batch)
-    schedule = settings.schedule
-    warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
-    if warmup > tokens:
-        raise UserError(f"--schedule.warmup {warmup} is longer than the run of {tokens} tokens")
     held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 20, batch))
-    save = settings.checkpoint.every or min(1000, max(10, steps // 20))
-    return replace(
+    resolved = replace(
         settings,
         size=settings.size or (None if settings.init else "125m"),
         tokens=tokens,
@@ -320,14 +311,55 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         batch_tokens=batch,
         run=run_name(settings),
         optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or min(4e-3, 1e-3 * 768 / config.width)),
+        model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
+        eval=replace(settings.eval, every=every, tokens=held_out),
+    )
+    resolved = resolve_run(resolved, world)
+    check_streams(settings.loader, world)
+    return resolved
+
+
+def resolve_run(settings: Run, world: int) -> Run:
+    """Fill in what follows from the budget, sequence length, batch and learning rate, which must be known.
+
+    Args:
+        settings: of a run of any stage.
+        world: devices that share the batch.
+
+    Raises:
+        UserError: the batch does not divide into rows, the rows among the devices, or into micro-batches; muon or
+            compilation is asked for where DeepSpeed does not allow it.
+    """
+    tokens, seq_len, batch, schedule = settings.tokens, settings.seq_len, settings.batch_tokens, settings.schedule
+    assert tokens is not None
+    assert seq_len is not None
+    assert batch is not None
+    if settings.compile == "on" and settings.strategy.startswith("deepspeed-3"):
+        raise UserError(f"--compile does not work with --strategy {settings.strategy}, whose hooks break every graph")
+    if settings.optimizer.name == "muon" and settings.strategy.startswith("deepspeed"):
+        raise UserError(
+            f"muon needs whole matrices, which --strategy {settings.strategy} cuts into pieces; use --strategy fsdp, "
+            "or --optimizer.name adamw"
+        )
+    if batch % seq_len:
+        below = batch // seq_len * seq_len
+        choices = " or ".join(str(value) for value in (below, below + seq_len) if value)
+        raise UserError(f"--batch-tokens {batch} is not a whole number of rows of {seq_len} tokens; use {choices}")
+    share = share_of_rows(batch, seq_len, world)
+    if settings.micro_batch is not None:
+        check_micro_batch(settings.micro_batch, share)
+    warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
+    if warmup > tokens:
+        raise UserError(f"--schedule.warmup {warmup} is longer than the run of {tokens} tokens")
+    save = settings.checkpoint.every or min(1000, max(10, math.ceil(tokens / batch) // 20))
+    return replace(
+        settings,
         schedule=replace(
             schedule,
             warmup=warmup,
             decay=schedule.decay if schedule.decay is not None else Count(tokens // 5),
             final=schedule.final if schedule.final is not None else {"wsd": 0.0, "cosine": 0.1}[schedule.name],
         ),
-        model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
-        eval=replace(settings.eval, every=every, tokens=held_out),
         checkpoint=replace(settings.checkpoint, every=save),
     )
 
@@ -354,14 +386,15 @@ def default_batch_tokens(tokens: int) -> int:
 
 
 def run_name(settings: TrainSettings) -> str:
-    """The name given, or the size and the SLURM job, which a requeued job keeps, or else the date."""
-    if settings.run:
-        return settings.run
-    shape = settings.size or (Path(settings.init).name if settings.init else "125m")
-    return f"{shape}-{os.environ.get('SLURM_JOB_ID') or datetime.date.today().isoformat()}"
+    """The name given, or one of the size."""
+    return settings.run or dated_name(settings.size or (Path(settings.init).name if settings.init else "125m"))
 
 
-def run_path(settings: TrainSettings) -> Path:
+def dated_name(subject: str) -> str:
+    """The subject and the SLURM job, which a requeued job keeps, or else the date."""
+    return f"{subject}-{os.environ.get('SLURM_JOB_ID') or datetime.date.today().isoformat()}"
+
+
+def run_path(name: str) -> Path:
     """Where a run lives: what has a slash or is ``.`` is a path, a plain name lies under ``runs/``."""
-    name = run_name(settings)
     return Path(name).expanduser() if "/" in name or name == "." else Path("runs") / name

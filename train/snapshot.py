@@ -41,9 +41,11 @@ def take_snapshot(run: Path) -> Path:
 
 def main() -> None:
     """Make the copy at a job's first start, and print where it is."""
-    from train.settings import TrainCommand, run_path
+    from train.settings import TrainCommand, run_name, run_path
 
-    run = run_path(parse(TrainCommand, sys.argv[1:], prog="python -m train.snapshot", description=__doc__ or ""))
+    run = run_path(
+        run_name(parse(TrainCommand, sys.argv[1:], prog="python -m train.snapshot", description=__doc__ or ""))
+    )
     code = run.absolute() / "code"
     again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     print(code if again and code.exists() else take_snapshot(run))

@@ -83,7 +83,7 @@ def submit(command: TrainCommand, argv: Sequence[str]) -> None:
     if command.run is None:
         name = f"{run_name(command)}-{datetime.datetime.now():%H%M%S}"
         command.run, words = name, [*words, "--run", name]
-    run = run_path(command)
+    run = run_path(run_name(command))
     script = Script(TEMPLATE.read_text(encoding="utf-8")).with_options(command.slurm.options())
     _check(command, run, script)
     _refuse_second_job(run)

@@ -160,7 +160,8 @@ def test_a_cut_weights_file(tmp_path: Path, kept: int) -> None:
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write(Transformer(CONFIG), tmp_path)
-    weights = hf.load_weights(tmp_path)
+    files = hf.WeightFiles(tmp_path)
+    weights = {name: files.read(name) for name in files.names}
     del weights["model.layers.1.mlp.up_proj.weight"]
     hf.save_weights(weights, tmp_path)
     with pytest.raises(UserError, match=r"lack the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):

@@ -5,7 +5,7 @@ import pytest
 from common.errors import UserError
 from common.settings import Count, parse
 from data.settings import LoaderSettings
-from train.settings import TrainCommand, TrainSettings, default_batch_tokens, model_config, resolve, run_path
+from train.settings import TrainCommand, TrainSettings, default_batch_tokens, model_config, resolve, run_name, run_path
 
 
 def read(*words: str) -> TrainSettings:
@@ -58,13 +58,13 @@ def test_init_decides_the_shape(micro_model: Path) -> None:
 
 
 def test_a_run_is_named_or_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_path(TrainSettings(run="mine")) == Path("runs/mine")
-    assert run_path(TrainSettings(run="./mine")) == Path("mine")
-    assert run_path(TrainSettings(run="a/b")) == Path("a/b")
-    assert run_path(TrainSettings(run=".")) == Path(".")
-    assert run_path(TrainSettings(run="/a/b")) == Path("/a/b")
+    assert run_path("mine") == Path("runs/mine")
+    assert run_path("./mine") == Path("mine")
+    assert run_path("a/b") == Path("a/b")
+    assert run_path(".") == Path(".")
+    assert run_path("/a/b") == Path("/a/b")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert run_path(TrainSettings(size="1b")) == Path("runs/1b-4711")
+    assert run_path(run_name(TrainSettings(size="1b"))) == Path("runs/1b-4711")
 
 
 def test_seq_len_beyond_the_size_extends_the_context() -> None:

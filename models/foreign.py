@@ -1,0 +1,185 @@
+"""Model folders from elsewhere as modules that train like our transformer.
+
+What our transformer can be (Llama and Qwen3 without biases or scaled rotary embedding) it is; the rest, Qwen2,
+Phi and the other Llamas, is transformers' own model behind the same few attributes, so that the engine, the loop
+and the evaluation do not ask which it is.
+
+Shapes: B batch, T sequence, D model width, V vocabulary, M = B·T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from models.hf import WeightFiles, checked_shape, our_values, to_hugging_face
+from models.hf_config import from_config, nearest_shape, read_values
+from models.sizes import ModelConfig
+from models.transformer import HEAD_CHUNK, IGNORE, HeadLoss, Transformer, compute_dtype
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PhiForCausalLM")
+"""What is taken; tests hold each to transformers."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that a ``config.json`` describes, ours where ours can be it."""
+
+    values: dict[str, Any]
+    """The contents of ``config.json``."""
+    own: ModelConfig | None
+    """The shape of our transformer; None for a foreign model."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Architecture":
+        """Of a model folder or a checkpoint; UserError when it is none, or of an architecture that is not taken."""
+        values = read_values(folder)
+        named = (values.get("architectures") or ["none named"])[0]
+        if named not in ARCHITECTURES:
+            raise UserError(f"{folder} is a {named}; this command takes {', '.join(ARCHITECTURES)}")
+        try:
+            return cls(values, from_config(values, folder))
+        except UserError:
+            return cls(values, None)
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """The shape, of a foreign model the nearest one: for the arithmetic of memory and FLOPs."""
+        return self.own or nearest_shape(self.values)
+
+    def build(self) -> "Transformer | Foreign":
+        """The model, without weights when torch's default device is meta."""
+        return Transformer(self.own, seed=None) if self.own is not None else Foreign(self.values)
+
+    def read(self, folder: Path) -> Callable[[str, torch.Size], Tensor]:
+        """The weights of a model folder by the names of :meth:`build`, each read when it is asked for with its shape.
+
+        Raises:
+            UserError: one is missing, or of another shape.
+        """
+        if self.own is not None:
+            return our_values(folder, self.own)
+        files = WeightFiles(folder)
+        return lambda name, shape: checked_shape(files.read(name.removeprefix("hf.")).float(), name, shape, folder)
+
+    def hugging_face(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by the names of :meth:`build`, under the names of a model folder."""
+        if self.own is None:
+            return {name.removeprefix("hf."): tensor for name, tensor in state.items()}
+        head = {"head.weight": state["embedding.weight"]} if self.own.tied else {}
+        return to_hugging_face(state | head, self.own)
+
+
+class Foreign(nn.Module):
+    """One of transformers' models, called as :class:`models.transformer.Transformer` is.
+
+    Args:
+        values: the contents of its ``config.json``.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        super().__init__()
+        config = AutoConfig.for_model(**values)
+        config.use_cache = False
+        self.hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        with torch.device("cpu"):  # its table of frequencies is no weight, so nothing would fill it later
+            self.hf.model.rotary_emb = type(self.hf.model.rotary_emb)(config)
+        self._checkpointing = "none"
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return cast(nn.ModuleList, self.hf.model.layers)
+
+    @property
+    def checkpointing(self) -> str:
+        """What the backward pass recomputes: none or full, whole blocks."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, mode: str) -> None:
+        self._checkpointing = "none" if mode == "none" else "full"
+        if mode != "none":
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_parts(self) -> None:
+        """Compile each decoder layer."""
+        torch._dynamo.config.optimize_ddp = False  # as in models/transformer.py
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+        head_loss: HeadLoss | None = None,
+    ) -> Any:
+        """As :meth:`models.transformer.Transformer.forward`."""
+        mask = None
+        if positions_BT is not None:
+            mask = visible(positions_BT, compute_dtype(self.hf.model.embed_tokens.weight))
+        hidden_BTD = self.hf.model(
+            input_ids=tokens_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+        if targets_BT is None:
+            return self.hf.lm_head(hidden_BTD)
+        return (head_loss or cross_entropy(z_loss))(hidden_BTD.flatten(0, 1), self.hf.lm_head, targets_BT.flatten())
+
+
+def visible(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask (B, 1, T, T): 0 where a position may look, itself and before it in its own document.
+
+    The least number that the dtype has stands elsewhere, as transformers has it.
+    """
+    documents_BT = (positions_BT == 0).cumsum(1)
+    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    causal = torch.ones_like(same[0, 0]).tril()
+    return torch.zeros_like(same, dtype=dtype).masked_fill(~(same & causal), torch.finfo(dtype).min)
+
+
+def cross_entropy(z_loss: float = 0.0) -> HeadLoss:
+    """The summed loss and negative log-likelihood of :meth:`models.transformer.Transformer.forward`."""
+
+    def chunk(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float()
+        nll = F.cross_entropy(logits, targets, reduction="sum")
+        return nll + z_loss * logits.logsumexp(-1).square().sum() if z_loss else nll, nll.detach()
+
+    def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        predicts = targets_M != IGNORE
+        return summed_by_chunks(chunk, hidden_MD[predicts], head, targets_M[predicts])
+
+    return loss
+
+
+def summed_by_chunks(
+    chunk: Callable[..., tuple[Tensor, Tensor]], hidden_MD: Tensor, head: nn.Linear, *rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum ``chunk(hidden, head, *rest)`` over chunks of tokens whose logits exist one at a time, in backward too.
+
+    Args:
+        chunk: gives a loss and a figure without gradient.
+        hidden_MD: of the tokens that are predicted, which may be none.
+        head: the head.
+        rest: more values of each token.
+    """
+    size = HEAD_CHUNK[hidden_MD.device.type]
+    # A zero that reaches every weight: ranks exchange the gradients of all, also where nothing is predicted here.
+    loss = head(hidden_MD[:0]).float().sum()
+    figure = torch.zeros((), device=hidden_MD.device)
+    for first in range(0, len(hidden_MD), size):
+        hidden, *others = (tensor[first : first + size] for tensor in (hidden_MD, *rest))
+        one, other = checkpoint(chunk, hidden, head, *others, use_reentrant=False)
+        loss, figure = loss + one, figure + other
+    return loss, figure

@@ -1,0 +1,66 @@
+"""Knowledge distillation: a student learns the distribution of a teacher beside the labels (arXiv:1503.02531).
+
+The loss of a target is (1 - w) · CE + w · T² · KL(p || q), with p the teacher's and q the student's distribution
+at temperature T: the forward divergence, which makes the student cover all that the teacher holds likely. T² keeps
+the size of its gradient about the same at every temperature.
+
+Shapes: M tokens, D model width, V vocabulary, P tokens that are predicted.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.foreign import summed_by_chunks
+from models.transformer import IGNORE
+
+
+class Distillation:
+    """The objective of a student.
+
+    Args:
+        teacher: in evaluation mode on the student's device, with the student's tokenizer; where the one has more
+            rows of vocabulary than the other, those that both have count.
+        weight: w, of the teacher against the labels; 1 is the teacher alone.
+        temperature: T.
+    """
+
+    def __init__(self, teacher: nn.Module, weight: float, temperature: float) -> None:
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+
+    def __call__(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The summed loss, and the summed negative log-likelihood of the labels."""
+        return self._of(student, batch, self._chunk)
+
+    def divergence(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The summed KL(p || q) at temperature 1, in nats, over the tokens that are predicted."""
+        chunk = Distillation(self.teacher, 1.0, 1.0)._chunk
+        divergence: Tensor = self._of(student, batch, chunk)[0]
+        return divergence.detach()
+
+    def _of(self, student: nn.Module, batch: dict[str, Tensor], chunk: Any) -> Any:
+        given = batch["inputs"], batch["positions"], batch["targets"]
+        with torch.no_grad():
+            theirs_MD, their_head = self.teacher(*given, head_loss=lambda hidden, head, targets: (hidden, head))
+
+        def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+            def against_teacher(ours: Tensor, head: nn.Linear, theirs: Tensor, targets: Tensor) -> Any:
+                with torch.no_grad():
+                    logits = their_head(theirs).float()
+                return chunk(head(ours).float(), logits, targets)
+
+            predicts = targets_M != IGNORE
+            rest = theirs_MD[predicts], targets_M[predicts]
+            return summed_by_chunks(against_teacher, hidden_MD[predicts], head, *rest)
+
+        return student(*given, head_loss=loss)
+
+    def _chunk(self, ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+        nll = F.cross_entropy(ours_PV, targets_P, reduction="sum")
+        common = min(ours_PV.shape[-1], theirs_PV.shape[-1])
+        log_q = (ours_PV[:, :common] / self.temperature).log_softmax(-1)
+        log_p = (theirs_PV[:, :common] / self.temperature).log_softmax(-1)
+        divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence, nll.detach()
