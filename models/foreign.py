@@ -9,7 +9,7 @@ Shapes: B batch, T sequence, D model width, V vocabulary, M = B·T tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,14 +108,14 @@ class Foreign(nn.Module):
     @checkpointing.setter
     def checkpointing(self, mode: str) -> None:
         self._checkpointing = "none" if mode == "none" else "full"
-        if mode != "none":
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in self.blocks if mode != "none" else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
     def compile_parts(self) -> None:
-        """Compile each decoder layer."""
+        """Compile each decoder layer; before :attr:`checkpointing` is set, which stays outside of it."""
         torch._dynamo.config.optimize_ddp = False  # as in models/transformer.py
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -171,12 +171,12 @@ def _build(architecture: Architecture, stage: Stage) -> Transformer | Foreign:
     settings = stage.settings
     assert isinstance(settings, SftSettings)
     raw = architecture.build()
-    raw.checkpointing = stage.fit.checkpointing
     if settings.lora.rank is not None:
         frozen = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         lora.add_adapters(raw, settings.lora.rank, known(settings.lora.alpha), frozen)
     if compiles(settings, stage.device):
         raw.compile_parts()
+    raw.checkpointing = stage.fit.checkpointing
     return raw
 
 

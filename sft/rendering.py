@@ -133,8 +133,9 @@ class Renderer:
         return pieces
 
     def _last_answer(self, messages: list[dict[str, str]]) -> list[Piece]:
-        prompt = self._text(messages[:-1], answer=True)
-        return [(prompt, False), (self._until_stop(messages[-1]["content"]), True)]
+        prompt, whole = self._text(messages[:-1], answer=True), self._text(messages)
+        answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+        return [(prompt, False), (self._until_stop(answer), True)]
 
     def _until_stop(self, answer: str) -> str:
         """An answer up to its stop token, which is added where the template has none."""

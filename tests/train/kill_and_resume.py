@@ -1,6 +1,7 @@
 """Run a training command again and again, killing it, until it is finished.
 
-Started as a program of its own with one JSON argument: ``argv`` of the command and ``attempts``. Each of these has
+Started as a program of its own with one JSON argument: ``argv`` of the command, the ``stage`` whose command it is
+(``train`` unless given), and ``attempts``. Each of these has
 
 * more ``argv``, its ``run`` folder, its ``world`` of ranks, ``devices`` of them a node;
 * ``step`` and ``signal`` to kill all ranks with, or a ``rank`` and the ``operation`` of writing checkpoints at which it
@@ -12,6 +13,7 @@ attempt is a fork, so that an attempt costs a fraction of a second instead of th
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -54,9 +56,7 @@ def start(plan: dict, one: dict, rank: int, port: int) -> int:
             from train import loop
 
             loop.training_step = spoiled(one["poison"])
-        from train.__main__ import main
-
-        main()
+        importlib.import_module(f"{plan.get('stage', 'train')}.__main__").main()
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -164,6 +164,7 @@ def main() -> None:
     signals.install()  # inherited by the forks, as a real start has it from its first line
     import train.rank
 
+    importlib.import_module({"train": "train.pretrain", "sft": "sft.finetune"}[plan.get("stage", "train")])
     if any("deepspeed" in word for one in plan["attempts"] for word in one["argv"]):
         import train.deepspeed  # noqa: F401
 
