@@ -1,8 +1,9 @@
 # palmtop: make demo · make test · make check · make bench. Each makes .venv when it is missing.
 PYTHON ?= python3
 RUN    := .venv/bin/python
-# What the demo trains; a smaller budget makes a smaller demo.
+# What the demo trains; smaller budgets make a smaller demo.
 DEMO_TOKENS ?= 400k
+DEMO_EPOCHS ?= 10
 DEMO_RUN    ?= runs/demo
 
 .PHONY: demo test check bench clean
@@ -26,6 +27,13 @@ demo: .venv/ready
 		folder = sys.argv[1]; model = M.from_pretrained(folder); tokenizer = T.from_pretrained(folder); \
 		print(f"transformers loads it: {type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")' \
 		$(DEMO_RUN)/model
+	$(RUN) -m sft $(DEMO_RUN)/model --data sample --epochs $(DEMO_EPOCHS) --batch-tokens 1024 --run $(DEMO_RUN)-sft \
+		--optimizer.lr 2e-3 --eval.every 1G --eval.prompts '["What is the capital of Portugal?"]' --eval.answer 32
+	@$(RUN) -c 'import json, sys; \
+		first, *_, last = map(json.loads, open(sys.argv[1], encoding="utf-8")); \
+		print("asked: ", first["prompt"], "\nbefore:", first["text"], "\nafter: ", last["text"])' \
+		$(DEMO_RUN)-sft/samples.jsonl
+	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)-sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,
 # because threads of several processes that wait for each other by spinning are many times slower.

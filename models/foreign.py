@@ -109,13 +109,13 @@ class Foreign(nn.Module):
     def checkpointing(self, mode: str) -> None:
         self._checkpointing = "none" if mode == "none" else "full"
         for block in self.blocks if mode != "none" else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def compile_parts(self) -> None:
         """Compile each decoder layer; before :attr:`checkpointing` is set, which stays outside of it."""
         torch._dynamo.config.optimize_ddp = False  # as in models/transformer.py
         for block in self.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, dynamic=False)
 
     def forward(
         self,

@@ -107,6 +107,7 @@ def run_command(
         [sys.executable, *map(str, words)],
         cwd=folder,
         env=os.environ | (environment or {}),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout,

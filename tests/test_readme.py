@@ -1,5 +1,7 @@
 """README is true: every command in it runs, its table is what the code says."""
 
+import gzip
+import json
 import os
 import random
 import re
@@ -51,10 +53,30 @@ SMALLER = {
     "--slurm": "--size tiny --batch-tokens 2048 --seq-len 32",
     "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
     "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
+    "sft chat": "--device cpu --max-tokens 4",
+    "sft formats": "--count 20",
+    "--show": "",
+    "--epochs": "--batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
+    "-m sft": "--tokens 1024 --batch-tokens 512 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
     "data tokenizer": "--vocab 512",
     "data prepare": "--workers 1",
 }
 """What makes a command of README small enough for a test: the same command, less of it."""
+
+
+def write_alpacas(folder: Path, rng: random.Random) -> dict[str, dict[str, bytes]]:
+    """Both Alpacas as files in a folder, and as they lie on the hub."""
+    rows = [
+        {"instruction": f"Tell me of {n}.", "input": "", "output": f"The {make_text(rng, 6).lower()}"}
+        for n in range(200)
+    ]
+    (folder / "alpaca_data.json.gz").write_bytes(gzip.compress(json.dumps(rows[:100]).encode()))
+    (folder / "alpaca_zh.json").write_text(json.dumps(rows[100:]), encoding="utf-8")
+    lines = "\n".join(map(json.dumps, rows[100:])).encode()
+    return {
+        "tatsu-lab/alpaca": {"data.jsonl": "\n".join(map(json.dumps, rows[:100])).encode()},
+        "silk-road/alpaca-data-gpt4-chinese": {"Alpaca_data_gpt4_zh.jsonl": lines},
+    }
 
 
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
@@ -66,8 +88,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         name.replace("en/c4-train", "multilingual/c4-zh").replace("en/c4-v", "multilingual/c4-zh-v"): data
         for name, data in files.items()
     }
+    repos = {"allenai/c4": {"README.md": C4_CARD, **files, **chinese}, **write_alpacas(tmp_path, rng)}
     commands = [line for line in COMMANDS if not line.startswith("make ")]
-    with FakeHub({"allenai/c4": {"README.md": C4_CARD, **files, **chinese}}) as hub:
+    with FakeHub(repos) as hub:
         sbatch = tmp_path / "bin" / "sbatch"  # tests/slurm has a real one
         sbatch.parent.mkdir()
         sbatch.write_text("#!/bin/sh\necho 42\n")
@@ -90,12 +113,13 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "continued" / "model" / "model.safetensors").exists()
 
 
-def test_make_demo_ends_with_a_model_that_transformers_loads(tmp_path: Path) -> None:
+def test_make_demo_trains_and_answers(tmp_path: Path) -> None:
     assert [line for line in COMMANDS if line.startswith("make")] == ["make demo", "make test"]
-    environment = os.environ | {"DEMO_TOKENS": "33k", "DEMO_RUN": str(tmp_path / "demo")}
+    environment = os.environ | {"DEMO_TOKENS": "33k", "DEMO_EPOCHS": "1", "DEMO_RUN": str(tmp_path / "demo")}
     done = subprocess.run(["make", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "transformers loads it: Qwen3ForCausalLM" in done.stdout
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  tok/s", done.stdout)]
     assert losses
     assert "validation: loss" in done.stdout
+    assert re.search(r"asked:  .*\? \nbefore: .*\nafter:  ", done.stdout)

@@ -181,7 +181,7 @@ def by_strategy(chat_model: Path, tokenizer, tmp_path_factory: pytest.TempPathFa
         "full": [],
         "lora": ["--lora.rank", "4"],
         "foreign": ["--model", str(base / "phi"), "--activation-checkpointing", "full"],
-        "teacher": ["--teacher", str(chat_model)],
+        "teacher": ["--teacher", str(base / "phi")],
     }
     attempts = [{"run": str(base / kind), "argv": more} for kind, more in kinds.items()]
     for kind, strategy, world in STRATEGIES:
