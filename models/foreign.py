@@ -54,6 +54,12 @@ class Architecture:
         """The shape, of a foreign model the nearest one: for the arithmetic of memory and FLOPs."""
         return self.own or nearest_shape(self.values)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in; older folders call it ``torch_dtype``."""
+        name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        return cast(torch.dtype, getattr(torch, name))
+
     def build(self) -> "Transformer | Foreign":
         """The model, without weights when torch's default device is meta."""
         return Transformer(self.own, seed=None) if self.own is not None else Foreign(self.values)

@@ -33,6 +33,8 @@ class Dataset:
     """Of each source."""
     held_out: dict[str, list[Rendered]]
     """Of each language, over all sources; a language that has none is not there."""
+    accounts: dict[str, dict[str, int]]
+    """Of each source by name: how many rows are trained on, held out, and left out for each reason."""
     matches: list[Match] | None
     """What was found of evaluation data, one for each conversation left out for it; None: it was not looked for."""
 
@@ -52,13 +54,9 @@ class Dataset:
 
     def record(self) -> dict[str, Any]:
         """What became of the rows, for ``palmtop.json``."""
-        record: dict[str, Any] = {
-            source.name: {"trained": len(source.train), "held out": len(source.held_out), **source.dropped}
-            for source in self.sources
-        }
-        if self.matches is not None:
-            record["overlap"] = [vars(match) for match in self.matches[:20]]
-        return record
+        if self.matches is None:
+            return dict(self.accounts)
+        return self.accounts | {"overlap": [vars(match) for match in self.matches[:20]]}
 
 
 class KeepOut:
@@ -100,15 +98,20 @@ def read_dataset(settings: SftSettings, renderer: Renderer, seq_len: int, consol
     sources = open_sources(settings.data, filters)
     train: list[list[Rendered]] = []
     held_out: dict[str, list[Rendered]] = {"en": [], "zh": []}
+    accounts: dict[str, dict[str, int]] = {}
     for source in sources:
         train.append(_fitting(source, source.train, renderer, seq_len, console))
+        kept = sum(map(len, held_out.values()))
         for language, found in held_out.items():
             ours = [one for one in source.held_out if is_chinese(one.text) == (language == "zh")]
             found += _fitting(source, ours, renderer, seq_len, console)
+        held = sum(map(len, held_out.values())) - kept
+        accounts[source.name] = {"trained on": len(train[-1]), "held out": held, **source.dropped}
         if not train[-1]:
             raise UserError(f"no conversation of {source.name} fits into {seq_len} tokens; give a larger --seq-len")
     matches = None if keep_out is None else keep_out.matches
-    dataset = Dataset(sources, train, {name: found for name, found in held_out.items() if found}, matches)
+    there = {name: found for name, found in held_out.items() if found}
+    dataset = Dataset(sources, train, there, accounts, matches)
     _report(dataset, settings, seq_len, time.perf_counter() - began, console)
     return dataset
 
@@ -134,11 +137,8 @@ def _fitting(
 
 
 def _report(dataset: Dataset, settings: SftSettings, seq_len: int, seconds: float, console: Console) -> None:
-    for source, train in zip(dataset.sources, dataset.train, strict=True):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.most_common()) or "none"
-        console.say(
-            f"{source.name}: {len(train):,} to train on, {len(source.held_out):,} held out; left out: {reasons}"
-        )
+    for name, account in dataset.accounts.items():
+        console.say(f"{name}: {', '.join(f'{count:,} {what}' for what, count in account.items())}")
     rows = dataset.mixture(seq_len, settings.seed).epoch(0)
     tokens = sum(len(one.ids) for part in (*dataset.train, *dataset.held_out.values()) for one in part)
     console.say(

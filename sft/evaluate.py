@@ -1,7 +1,6 @@
 """What fine-tuning looks at on its way: held-out loss of each language, answers to fixed questions."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +63,23 @@ class Evaluator:
     def _answers(self, step: int) -> dict[str, float]:
         """Ask the fixed questions; the likeliest token is taken each time."""
         stage, settings, renderer = self._stage, self._settings.eval, self._renderer
-        samples: list[dict[str, Any]] = []
-        for prompt in settings.prompts if settings.answer else ():
-            written = write_on(
-                self._model,
-                renderer.prompt([{"role": "user", "content": prompt}]),
-                settings.answer,
-                renderer.stops,
-                known(self._settings.seq_len),
-                stage.device,
-                stage.job,
-                temperature=0.0,
-            )
-            text, stopped = renderer.tokenizer.decode(written), written[-1] in renderer.stops
-            samples.append({"step": step, "prompt": prompt, "text": text, "stopped": stopped})
+        prompts = settings.prompts if settings.answer else []
+        written = write_on(
+            self._model,
+            [renderer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts],
+            settings.answer,
+            renderer.stops,
+            known(self._settings.seq_len),
+            stage.device,
+            stage.job,
+            temperature=0.0,
+        )
+        stopped = [ids[-1] in renderer.stops for ids in written]
+        samples = [
+            {"step": step, "prompt": prompt, "text": renderer.tokenizer.decode(ids), "stopped": end}
+            for prompt, ids, end in zip(prompts, written, stopped, strict=True)
+        ]
         stage.run.log_samples(samples)
         for sample in samples[:1]:
             stage.console.say(f"  {sample['prompt']} → {sample['text']}".replace("\n", " "))
-        return {"val/stopped": sum(sample["stopped"] for sample in samples) / len(samples)} if samples else {}
+        return {"val/stopped": sum(stopped) / len(stopped)} if stopped else {}

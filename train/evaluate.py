@@ -104,7 +104,7 @@ def _filled(values: Array, rows: int, value: int) -> Array:
 @torch.no_grad()
 def write_on(
     model: nn.Module,
-    ids: list[int],
+    openings: Sequence[list[int]],
     tokens: int,
     stop: Collection[int],
     context: int,
@@ -113,34 +113,47 @@ def write_on(
     *,
     temperature: float,
     seed: int = 0,
-) -> list[int]:
-    """The tokens that a model writes after others, up to one of ``stop``, which is the last then.
+) -> list[list[int]]:
+    """The tokens that a model writes after each of some openings, up to one of ``stop``, which is the last then.
 
-    Recomputes the row for each token instead of keeping a cache: meant for a few dozen tokens. All ranks
-    compute the same, for a sharded model needs them; rank 0's choice counts.
+    Recomputes the rows for each token instead of keeping a cache: meant for a few dozen tokens. All ranks
+    compute the same, for a sharded model needs them; rank 0's choices count.
 
     Args:
-        model: gives logits.
-        ids: what stands before.
+        model: called as ``model(tokens)``, gives logits.
+        openings: token ids that stand before.
         tokens: the most to write.
         stop: ids to stop after.
         context: the longest row.
         device: where the model is.
         job: the ranks.
         temperature: of sampling among the 40 likeliest tokens; 0 takes the likeliest.
-        seed: of sampling.
+        seed: of sampling, for each row the same.
     """
-    written: list[int] = []
-    generator = torch.Generator().manual_seed(seed)
+    written: list[list[int]] = [[] for _ in openings]
+    generators = [torch.Generator().manual_seed(seed) for _ in openings]
+
+    def going_on(row: int) -> bool:
+        return len(written[row]) < tokens and not (written[row] and written[row][-1] in stop)
+
     with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-        while len(written) < tokens and not (written and written[-1] in stop):
-            row = torch.tensor([(ids + written)[-context:]], device=device)
-            logits: Tensor = model(row)[0, -1].float().cpu()
-            best, choices = logits.topk(min(40, len(logits)))
-            pick = 0
+        while any(map(going_on, range(len(openings)))):
+            rows = [(opening + own)[-context:] for opening, own in zip(openings, written, strict=True)]
+            # Filled up on the right, where causal attention does not look.
+            longest = max(map(len, rows))
+            filled = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+            last = torch.tensor([len(row) - 1 for row in rows], device=device)
+            logits: Tensor = model(filled)[torch.arange(len(rows), device=device), last].float().cpu()
+            best, choices = logits.topk(min(40, logits.shape[-1]))
+            picks = torch.zeros(len(rows), dtype=torch.long)
             if temperature:
-                pick = int(torch.multinomial((best / temperature).softmax(-1), 1, generator=generator))
-            written.append(job.broadcast(int(choices[pick])))
+                chances = (best / temperature).softmax(-1)
+                drawn = zip(chances, generators, strict=True)
+                picks = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in drawn])
+            chosen = job.broadcast(choices.gather(1, picks[:, None]).flatten().tolist())
+            for row, token in enumerate(chosen):
+                if going_on(row):
+                    written[row].append(token)
     return written
 
 
@@ -165,22 +178,21 @@ class Evaluator:
         """Validation figures after ``step``; continuations go to ``samples.jsonl`` and the console."""
         stage, weights, end = self._stage, self._corpus.weights, self._tokenizer.end
         figures = validate(self._model, self._held_out, weights, end, stage.micro_rows, stage.device, stage.job)
-        samples = {prompt: self._continuation(prompt) for prompt in self._prompts()}
+        samples = self._continuations()
         stage.run.log_samples({"step": step, "prompt": prompt, "text": text} for prompt, text in samples.items())
         for prompt, text in list(samples.items())[:1]:
             stage.console.say(f"  {prompt}{text}".replace("\n", " "))
         return figures
 
-    def _prompts(self) -> list[str]:
-        return self._settings.prompts if self._settings.continuation else []
-
-    def _continuation(self, prompt: str) -> str:
-        tokenizer, stage, length = self._tokenizer, self._stage, self._settings.continuation
+    def _continuations(self) -> dict[str, str]:
+        """Each beginning and what the model writes after it, sampled at temperature 0.8."""
+        tokenizer, stage, settings = self._tokenizer, self._stage, self._settings
+        prompts = settings.prompts if settings.continuation else []
         opening = [] if tokenizer.begin is None else [tokenizer.begin]
         written = write_on(
             self._model,
-            opening + tokenizer.encode(prompt),
-            length,
+            [opening + tokenizer.encode(prompt) for prompt in prompts],
+            settings.continuation,
             {tokenizer.end},
             self._seq_len,
             stage.device,
@@ -188,4 +200,4 @@ class Evaluator:
             temperature=0.8,
             seed=self._seed,
         )
-        return tokenizer.decode(written)
+        return dict(zip(prompts, map(tokenizer.decode, written), strict=True))

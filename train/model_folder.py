@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
 from data.tokenizer import Tokenizer
@@ -57,8 +55,7 @@ def write_model_folder(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
     weights = checkpoint.read_weights(path)
     if state.get("lora") is not None:
         weights = lora.merge(weights, Path(state["lora"]["base"]), state["lora"]["scale"])
-    dtype = getattr(torch, architecture.values["dtype"])
-    named = {name: tensor.to(dtype) for name, tensor in architecture.hugging_face(weights).items()}
+    named = {name: tensor.to(architecture.dtype) for name, tensor in architecture.hugging_face(weights).items()}
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", architecture.values)
         write_json(temporary / "generation_config.json", state["generation"])

@@ -15,6 +15,7 @@ from sft.rendering import Renderer
 from tests.conftest import kill_and_resume
 from tests.models.test_foreign import write_folder
 from tests.sft.conftest import ROWS, conversation, write_rows
+from train.consolidate import consolidate
 
 QUICK = """--device cpu --precision 32 --log.every 1 --log.tensorboard false --batch-tokens 1024 --seq-len 256
 --optimizer.lr 5e-3 --eval.answer 4 --eval.tokens 2000""".split()
@@ -52,7 +53,7 @@ def evaluations(run: Path) -> list[dict]:
 def test_a_run_learns_and_explains_itself(sft, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = sft(chat_model, "--data", "sample", "--tokens", 60 * 1024, "--eval.every", 30 * 1024)
     said = capsys.readouterr().out
-    assert "sample: 147 to train on, 3 held out; left out: none" in said
+    assert "sample: 147 trained on, 3 held out\n" in said
     assert "not compared with evaluation data: --keep-out DIR" in said
     assert said.rstrip().endswith(f"model: {run / 'model'}\nlook:  tensorboard --logdir {run}")
     first, *_, last = evaluations(run)
@@ -77,7 +78,7 @@ def test_a_run_learns_and_explains_itself(sft, chat_model: Path, capsys: pytest.
         {"stage": "unknown", "from": str(chat_model)},
         {"stage": "sft", "sources": [{"source": "palmtop's sample", "weight": 1.0}]},
     ]
-    assert record["conversations"]["sample"]["trained"] > 100
+    assert record["conversations"]["sample"] == {"trained on": 147, "held out": 3}
 
 
 def test_answers_of_the_model_folder_end(sft, chat_model: Path, tmp_path: Path) -> None:
@@ -99,6 +100,10 @@ def test_the_model_folder_has_the_loss_of_the_run(sft, chat_model: Path) -> None
         print(f"{name}: {evaluations(run)[0]['val/loss']:.4f} → {before:.6f}, as a model folder {after:.6f}")
         assert after == pytest.approx(before, rel=1e-5)
         assert before < evaluations(run)[0]["val/loss"]
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    assert consolidate(run) == run / "model"
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
     saved = next((run / "checkpoints").glob("step-*"))
     assert sum(path.stat().st_size for path in saved.glob("*.distcp")) < 200_000  # the adapters alone
 
