@@ -141,6 +141,8 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise UserError(f"{path} is a folder; give the name of a file") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full while writing {path}; free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO):

@@ -19,7 +19,7 @@ from typing import Any
 
 from common.files import exclusive, readable_disk_errors, sweep, write_json, write_text
 
-PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "deepspeed")
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "deepspeed", "peft")
 
 COMMIT_FILE = "COMMIT"
 """In a copy of the code: the commit it was copied from."""
@@ -144,7 +144,7 @@ class RunFolder:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The whole lines of a JSON lines file, if there is one; the last line may have been cut by a kill."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         with suppress(ValueError):
             yield line, json.loads(line)
 

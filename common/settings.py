@@ -153,12 +153,17 @@ def differences(settings: Any, stored: dict[str, Any], prefix: str = "") -> list
             continue
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            found += differences(value, stored.get(field.name) or {}, f"{prefix}{field.name}.")
+            found += differences(value, _group(stored.get(field.name)), f"{prefix}{field.name}.")
             continue
         new = to_dict(settings)[field.name]
         if new != stored.get(field.name):
             found.append((f"{prefix}{field.name}", stored.get(field.name), new))
     return found
+
+
+def _group(stored: Any) -> dict[str, Any]:
+    """A stored group of settings; empty where another command has stored something else under its name."""
+    return stored if isinstance(stored, dict) else {}
 
 
 def _shorter(message: str) -> str:

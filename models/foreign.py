@@ -9,7 +9,7 @@ Shapes: B batch, T sequence, D model width, V vocabulary, M = B·T tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from models.hf import WeightFiles, checked_shape, our_values, to_hugging_face
-from models.hf_config import from_config, nearest_shape, read_values
+from models.hf_config import from_config, is_ours, nearest_shape, read_values
 from models.sizes import ModelConfig
 from models.transformer import HEAD_CHUNK, IGNORE, HeadLoss, Transformer, compute_dtype
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PhiForCausalLM")
 """What is taken; tests hold each to transformers."""
+
+DROPOUT = ("attention_dropout", "embd_pdrop", "resid_pdrop")
+"""Settings of dropout, which the loop does without: its random numbers would make a run depend on where it stopped and
+on how many ranks there are. Phi-2's published configuration has some."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,28 @@ class Architecture:
     """The contents of ``config.json``."""
     own: ModelConfig | None
     """The shape of our transformer; None for a foreign model."""
+    nearest: ModelConfig
+    """The shape of ours that comes nearest."""
 
     @classmethod
     def of(cls, folder: Path) -> "Architecture":
-        """Of a model folder or a checkpoint; UserError when it is none, or of an architecture that is not taken."""
+        """Of a model folder or a checkpoint.
+
+        Raises:
+            UserError: it is none, of an architecture that is not taken, or its weights are quantised.
+        """
         values = read_values(folder)
         named = (values.get("architectures") or ["none named"])[0]
         if named not in ARCHITECTURES:
             raise UserError(f"{folder} is a {named}; this command takes {', '.join(ARCHITECTURES)}")
-        try:
-            return cls(values, from_config(values, folder))
-        except UserError:
-            return cls(values, None)
+        if values.get("quantization_config"):
+            raise UserError(f"the weights of {folder} are quantised; give the folder of the unquantised model")
+        return cls(values, from_config(values, folder) if is_ours(values) else None, nearest_shape(values, folder))
 
-    @cached_property
+    @property
     def shape(self) -> ModelConfig:
         """The shape, of a foreign model the nearest one: for the arithmetic of memory and FLOPs."""
-        return self.own or nearest_shape(self.values)
+        return self.own or self.nearest
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,12 +103,13 @@ class Foreign(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         super().__init__()
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**(values | dict.fromkeys(DROPOUT, 0.0)))
         config.use_cache = False
         self.hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         with torch.device("cpu"):  # its table of frequencies is no weight, so nothing would fill it later
             self.hf.model.rotary_emb = type(self.hf.model.rotary_emb)(config)
         self._checkpointing = "none"
+        self._plain: dict[nn.Module, Callable[..., Any]] = {}
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -114,8 +124,9 @@ class Foreign(nn.Module):
     @checkpointing.setter
     def checkpointing(self, mode: str) -> None:
         self._checkpointing = "none" if mode == "none" else "full"
-        for block in self.blocks if mode != "none" else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in self.blocks:
+            plain = self._plain.setdefault(block, block.forward)
+            block.forward = plain if mode == "none" else partial(checkpoint, plain, use_reentrant=False)
 
     def compile_parts(self) -> None:
         """Compile each decoder layer; before :attr:`checkpointing` is set, which stays outside of it."""
@@ -128,10 +139,10 @@ class Foreign(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
-        z_loss: float = 0.0,
+        *,
         head_loss: HeadLoss | None = None,
     ) -> Any:
-        """As :meth:`models.transformer.Transformer.forward`."""
+        """As :meth:`models.transformer.Transformer.forward`, without z-loss."""
         mask = None
         if positions_BT is not None:
             mask = visible(positions_BT, compute_dtype(self.hf.model.embed_tokens.weight))
@@ -140,7 +151,7 @@ class Foreign(nn.Module):
         ).last_hidden_state
         if targets_BT is None:
             return self.hf.lm_head(hidden_BTD)
-        return (head_loss or cross_entropy(z_loss))(hidden_BTD.flatten(0, 1), self.hf.lm_head, targets_BT.flatten())
+        return (head_loss or cross_entropy)(hidden_BTD.flatten(0, 1), self.hf.lm_head, targets_BT.flatten())
 
 
 def visible(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,19 +165,15 @@ def visible(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(same, dtype=dtype).masked_fill(~(same & causal), torch.finfo(dtype).min)
 
 
-def cross_entropy(z_loss: float = 0.0) -> HeadLoss:
+def cross_entropy(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss and negative log-likelihood of :meth:`models.transformer.Transformer.forward`."""
 
     def chunk(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        nll = F.cross_entropy(logits, targets, reduction="sum")
-        return nll + z_loss * logits.logsumexp(-1).square().sum() if z_loss else nll, nll.detach()
+        nll = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        return nll, nll.detach()
 
-    def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-        predicts = targets_M != IGNORE
-        return summed_by_chunks(chunk, hidden_MD[predicts], head, targets_M[predicts])
-
-    return loss
+    predicts = targets_M != IGNORE
+    return summed_by_chunks(chunk, hidden_MD[predicts], head, targets_M[predicts])
 
 
 def summed_by_chunks(

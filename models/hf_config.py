@@ -6,7 +6,7 @@ former and silently falls back to other values without it.
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from common.errors import UserError
 from models.sizes import ModelConfig
@@ -47,11 +47,13 @@ def to_config(config: ModelConfig, *, bos: int | None, eos: int, pad: int | None
     }
 
 
-def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
-    """The shape that a ``config.json`` describes; UserError when our transformer cannot be it."""
-    architecture = (values.get("architectures") or ["none named"])[0]
-    if architecture not in _FACES:
-        raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
+def is_ours(values: dict[str, Any]) -> bool:
+    """Whether our transformer can be what a ``config.json`` describes."""
+    return (values.get("architectures") or [None])[0] in _FACES and not _foreign_parts(values)
+
+
+def _foreign_parts(values: dict[str, Any]) -> list[str]:
+    """What a ``config.json`` has that our transformer has not."""
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     rope_kinds = {kind.get("rope_type", kind.get("type", "default")) for kind in (rope, scaling)}
@@ -63,9 +65,18 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
         "MLP biases": values.get("mlp_bias", False),
         "sliding windows": values.get("use_sliding_window", False),
     }
-    present = [name for name, there in unsupported.items() if there]
-    if present:
-        raise UserError(f"{folder} uses {', '.join(present)}, which this transformer does not have")
+    return [name for name, there in unsupported.items() if there]
+
+
+def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
+    """The shape that a ``config.json`` describes; UserError when our transformer cannot be it."""
+    architecture = (values.get("architectures") or ["none named"])[0]
+    if architecture not in _FACES:
+        raise UserError(f"{folder} is a {architecture}; this command takes {' or '.join(_FACES)}")
+    foreign = _foreign_parts(values)
+    if foreign:
+        raise UserError(f"{folder} uses {', '.join(foreign)}, which this transformer does not have")
+    rope = values.get("rope_parameters") or {}
     try:
         return ModelConfig(
             layers=values["num_hidden_layers"],
@@ -85,24 +96,25 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
 
 
-def nearest_shape(values: dict[str, Any]) -> ModelConfig:
+def nearest_shape(values: dict[str, Any], folder: Path) -> ModelConfig:
     """The shape of ours that comes nearest to a foreign ``config.json``, for estimates: biases are left out."""
-    heads = values["num_attention_heads"]
-    feed_forward = values["intermediate_size"]
-    if values["model_type"] == "phi":  # two matrices, where SwiGLU has three
-        feed_forward = feed_forward * 2 // 3
-    return ModelConfig(
-        layers=values["num_hidden_layers"],
-        width=values["hidden_size"],
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_width=values.get("head_dim") or values["hidden_size"] // heads,
-        ffn=feed_forward,
-        vocab=values["vocab_size"],
-        context=values["max_position_embeddings"],
-        tied=values.get("tie_word_embeddings", False),
-        qk_norm=values["model_type"] == "qwen3",
-    )
+    kind = values.get("model_type")
+    try:
+        heads, feed_forward = values["num_attention_heads"], values["intermediate_size"]
+        return ModelConfig(
+            layers=values["num_hidden_layers"],
+            width=values["hidden_size"],
+            heads=heads,
+            kv_heads=values.get("num_key_value_heads") or heads,
+            head_width=values.get("head_dim") or values["hidden_size"] // heads,
+            ffn=feed_forward * 2 // 3 if kind == "phi" else feed_forward,  # two matrices, where SwiGLU has three
+            vocab=values["vocab_size"],
+            context=values["max_position_embeddings"],
+            tied=values.get("tie_word_embeddings", False),
+            qk_norm=kind == "qwen3",
+        )
+    except KeyError as missing:
+        raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
 
 
 def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +124,8 @@ def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
     """
     rope = values.get("rope_parameters") or {}
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    found: dict[str, Any] = {"rope_theta": 10_000.0}  # what every reader takes where none is named
+    found |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if rope:
         found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return found | values
@@ -121,11 +134,14 @@ def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
 def read_values(folder: Path) -> dict[str, Any]:
     """The contents of a folder's ``config.json``; UserError when it has none that can be read."""
     try:
-        return cast(dict[str, Any], json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no model folder: it has no config.json") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'} is no configuration: it holds no JSON object")
+    return values
 
 
 def read_config(folder: Path) -> ModelConfig:

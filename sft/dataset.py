@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from common.console import Console
 from common.errors import UserError
 from data.chat import Conversation
@@ -20,7 +22,7 @@ from sft.sources import Filter, Source, open_sources
 BLOCK = 10_000
 """Conversations that are rendered at a time."""
 
-TOO_LONG, OVERLAP = "too long", "overlap with evaluation data"
+TOO_LONG, REFUSED, OVERLAP = "too long", "refused by the chat template", "overlap with evaluation data"
 """Reasons to leave a conversation out."""
 
 
@@ -37,6 +39,18 @@ class Dataset:
     """Of each source by name: how many rows are trained on, held out, and left out for each reason."""
     matches: list[Match] | None
     """What was found of evaluation data, one for each conversation left out for it; None: it was not looked for."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each source's tokens and of what of them is learned."""
+        found = {}
+        for source, train in zip(self.sources, self.train, strict=True):
+            digest = xxhash.xxh3_128()
+            for one in train:
+                digest.update(one.ids.tobytes())
+                digest.update(one.trained.tobytes())
+            found[source.name] = digest.hexdigest()
+        return found
 
     def mixture(self, seq_len: int, seed: int) -> Mixture:
         """The order in which a run sees them."""
@@ -108,8 +122,14 @@ def read_dataset(settings: SftSettings, renderer: Renderer, seq_len: int, consol
         held = sum(map(len, held_out.values())) - kept
         accounts[source.name] = {"trained on": len(train[-1]), "held out": held, **source.dropped}
         if not train[-1]:
-            raise UserError(f"no conversation of {source.name} fits into {seq_len} tokens; give a larger --seq-len")
+            longer = f"none fits into {seq_len} tokens; give a larger --seq-len"
+            raise UserError(f"{source.name} holds nothing to train on: {longer if source.train else 'all is held out'}")
     matches = None if keep_out is None else keep_out.matches
+    if keep_out is not None:
+        console.say(
+            f"compared with {len(keep_out.overlap):,} questions of {settings.keep_out}; {keep_out.overlap.too_short:,} "
+            "more are too short to be told from ordinary phrases"
+        )
     there = {name: found for name, found in held_out.items() if found}
     dataset = Dataset(sources, train, there, accounts, matches)
     _report(dataset, settings, seq_len, time.perf_counter() - began, console)
@@ -127,8 +147,9 @@ def _fitting(
     try:
         for start in range(0, total, BLOCK):
             rendered = renderer.render(conversations[start : start + BLOCK])
-            fitting += [one for one in rendered if one.length <= seq_len]
-            source.dropped.update(TOO_LONG for one in rendered if one.length > seq_len)
+            fitting += [one for one in rendered if one is not None and one.length <= seq_len]
+            source.dropped.update(REFUSED for one in rendered if one is None)
+            source.dropped.update(TOO_LONG for one in rendered if one is not None and one.length > seq_len)
             if total > BLOCK:
                 console.progress(start + len(rendered), total, {"rendering": source.name})
     finally:
@@ -148,7 +169,7 @@ def _report(dataset: Dataset, settings: SftSettings, seq_len: int, seconds: floa
     if dataset.matches is None:
         console.say("not compared with evaluation data: --keep-out DIR leaves out what shares 13 words with it")
         return
-    console.say(f"{len(dataset.matches):,} conversations share 13 words with the questions in {settings.keep_out}")
+    console.say(f"{len(dataset.matches):,} conversations share 13 words, or a whole shorter question, with them")
     for match in dataset.matches[:3]:
         console.say(f"  {match.file}: “{match.words}”".replace("\n", " "))
 

@@ -56,9 +56,10 @@ class Evaluator:
         return mean | losses | (divergences if self._distillation else {}) | self._answers(step)
 
     def _figures(self, batch: dict[str, Tensor]) -> Tensor:
+        if self._distillation is not None:
+            return torch.stack(self._distillation.figures(self._model, batch))
         nll = self._model(batch["inputs"], batch["positions"], batch["targets"])[1]
-        divergence = self._distillation.divergence(self._model, batch) if self._distillation else nll.new_zeros(())
-        return torch.stack([nll, divergence])
+        return torch.stack([nll, torch.zeros_like(nll)])
 
     def _answers(self, step: int) -> dict[str, float]:
         """Ask the fixed questions; the likeliest token is taken each time."""

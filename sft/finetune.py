@@ -54,6 +54,9 @@ def finetune(settings: SftSettings, place: Place) -> signal.Signals | None:
     folder = Path(known(settings.model))
     architecture = Architecture.of(folder)
     renderer, seq_len = Renderer(folder), row_length(settings, architecture.shape)
+    _check_vocabulary(folder, architecture, renderer.tokenizer)
+    generation = _generation(folder, renderer)
+    teacher_bytes = _check_teacher(Path(settings.teacher), renderer.tokenizer) if settings.teacher else 0
     dataset = read_dataset(settings, renderer, seq_len, Console(rank=place.rank))
     rows = None
     if settings.epochs is not None or settings.tokens is None:
@@ -62,17 +65,29 @@ def finetune(settings: SftSettings, place: Place) -> signal.Signals | None:
     settings = resolve(settings, architecture.shape, own=own, rows=rows, world=place.world_size)
     settings = replace(settings, precision=choose_precision(settings, place))
     trainable = _trainable(architecture, settings)
-    with open_stage(settings, architecture.shape, place, run, init=settings.model, trainable=trainable) as stage:
-        return _finetune(stage, architecture, renderer, dataset)
+    taken = teacher_bytes // 2 if settings.precision == "bf16" else teacher_bytes
+    with open_stage(
+        settings, architecture.shape, place, run, init=settings.model, trainable=trainable, taken=taken
+    ) as stage:
+        return _finetune(stage, architecture, renderer, dataset, generation)
 
 
-def _finetune(stage: Stage, architecture: Architecture, renderer: Renderer, dataset: Dataset) -> signal.Signals | None:
+def _finetune(
+    stage: Stage, architecture: Architecture, renderer: Renderer, dataset: Dataset, generation: dict[str, Any]
+) -> signal.Signals | None:
     settings, run, job = stage.settings, stage.run, stage.job
     assert isinstance(settings, SftSettings)
     folder, seq_len = Path(known(settings.model)), known(settings.seq_len)
-    fingerprints = {source.name: source.fingerprint for source in dataset.sources}
+    fingerprints = dataset.fingerprints
     stage.check_data(fingerprints)
-    if run.writes:
+    adapters = None
+    if settings.lora.rank is not None:
+        digest = job.broadcast(lora.digest_of(folder) if job.rank == 0 else "")
+        if stage.state:
+            lora.check_base(folder, stage.state["lora"]["digest"])
+        scale = known(settings.lora.alpha) / settings.lora.rank
+        adapters = {"base": str(folder.absolute()), "digest": digest, "scale": scale}
+    if run.writes and not stage.state:
         count = budget.parameters(architecture.shape).total
         require_space(run.path, 4 * count + 12 * 5 * (_trainable(architecture, settings) or count), "this run")
         with new_folder(run.tokenizer) as temporary:
@@ -87,7 +102,7 @@ def _finetune(stage: Stage, architecture: Architecture, renderer: Renderer, data
     )
     distillation = None
     if settings.teacher is not None:
-        teacher = load_teacher(Path(settings.teacher), renderer.tokenizer, stage.device, settings.precision)
+        teacher = load_teacher(Path(settings.teacher), stage.device, settings.precision)
         distillation = Distillation(teacher, settings.distill.weight, settings.distill.temperature)
 
     # What the loop calls
@@ -98,22 +113,20 @@ def _finetune(stage: Stage, architecture: Architecture, renderer: Renderer, data
         language: dataset.held_out_batch(language, seq_len, settings.eval.tokens) for language in dataset.held_out
     }
     evaluate = Evaluator(stage, settings, held_out, renderer, engine.model, distillation)
-    adapters = None
-    if settings.lora.rank is not None:
-        adapters = {"base": str(folder.absolute()), "scale": known(settings.lora.alpha) / settings.lora.rank}
     parameters = sum(parameter.numel() for parameter in engine.raw.parameters())
     trained = sum(parameter.numel() for parameter in engine.raw.parameters() if parameter.requires_grad)
+    taught = f", and the teacher {settings.teacher}" if settings.teacher else ""
     shares = ", ".join(f"{source.name} {source.weight:.0%}" for source in dataset.sources)
-    return stage.train(
+    stopped = stage.train(
         engine,
         batches,
         distillation or likelihood,
         evaluate,
         evaluate_every=settings.eval.every,
         evaluate_first=bool(settings.eval.every),
-        shape=with_rope_at_top(architecture.values),
+        config=with_rope_at_top(architecture.values),
         fingerprints=fingerprints,
-        generation=_generation(folder, renderer),
+        generation=generation,
         record={
             "stage": "sft",
             "parent": settings.model,
@@ -125,10 +138,13 @@ def _finetune(stage: Stage, architecture: Architecture, renderer: Renderer, data
         header={
             "model": f"{folder}, {architecture.values['architectures'][0]}",
             "parameters": f"{parameters:,}" + (f", {trained:,} of them trained" if trained < parameters else ""),
-            "data": shares + (f", and the teacher {settings.teacher}" if settings.teacher else ""),
+            "data": shares + taught,
         },
         flops_per_token=None if adapters else budget.flops_per_token(architecture.shape, seq_len),
     )
+    if stopped is None:
+        stage.console.say(f"talk:  python -m sft chat {run.model}")
+    return stopped
 
 
 def likelihood(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,25 +161,41 @@ def show_data(command: SftCommand) -> None:
     show_conversations(read_dataset(command, renderer, seq_len, console), renderer, command.show, console)
 
 
-def load_teacher(folder: Path, tokenizer: Tokenizer, device: torch.device, precision: str) -> Transformer | Foreign:
-    """A model to learn from, frozen, in the run's precision.
+def load_teacher(folder: Path, device: torch.device, precision: str) -> Transformer | Foreign:
+    """A model to learn from, frozen, its weights in the run's precision."""
+    architecture = Architecture.of(folder)
+    with torch.device("meta"):
+        teacher = architecture.build()
+    for parameter in teacher.parameters():  # not the rotary table, which bf16 would spoil
+        parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    materialise(teacher, device)
+    fill(teacher, architecture.read(folder))
+    return teacher.eval().requires_grad_(False)
+
+
+def _check_teacher(folder: Path, tokenizer: Tokenizer) -> int:
+    """The bytes of a teacher's weights in fp32.
 
     Raises:
         UserError: it is no model folder, or has another tokenizer than the student: its distribution would be over
             other tokens.
     """
-    architecture = Architecture.of(folder)
-    if Tokenizer(folder).vocabulary != tokenizer.vocabulary:
+    architecture, theirs = Architecture.of(folder), Tokenizer(folder)
+    if theirs.vocabulary != tokenizer.vocabulary:
         raise UserError(
             f"the teacher {folder} has another tokenizer than the model in {tokenizer.folder}; a teacher and its "
             "student must share theirs"
         )
-    with torch.device("meta"):
-        teacher = architecture.build()
-    teacher.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    materialise(teacher, device)
-    fill(teacher, architecture.read(folder))
-    return teacher.eval().requires_grad_(False)
+    _check_vocabulary(folder, architecture, theirs)
+    return 4 * budget.parameters(architecture.shape).total
+
+
+def _check_vocabulary(folder: Path, architecture: Architecture, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > architecture.shape.vocab:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, more than the "
+            f"{architecture.shape.vocab:,} rows of the model's embedding; these weights need their own"
+        )
 
 
 def _build(architecture: Architecture, stage: Stage) -> Transformer | Foreign:
@@ -199,7 +231,10 @@ def _trainable(architecture: Architecture, settings: SftSettings) -> int | None:
 def _generation(folder: Path, renderer: Renderer) -> dict[str, Any]:
     """The folder's ``generation_config.json``, that also stops where an answer ends."""
     file, tokenizer = folder / "generation_config.json", renderer.tokenizer
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}; put it right, or remove it") from error
     stops = stops_of(before, renderer.stops)
     return before | generation_config(tokenizer.begin, stops, tokenizer.pad)
 

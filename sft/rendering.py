@@ -54,11 +54,12 @@ class Renderer:
         self.tokenizer = Tokenizer(folder)
         _ = self.tokenizer.end  # says so now when there is no end token
         try:
-            self._theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         if not self._theirs.chat_template:
             self._theirs.chat_template = PLAIN_TEMPLATE
+        self._check_pieces()
 
     @cached_property
     def stop(self) -> int:
@@ -74,15 +75,20 @@ class Renderer:
         """What a model that writes it has ended with: the stop token and the tokenizer's end token."""
         return list(dict.fromkeys([self.stop, self.tokenizer.end]))
 
-    def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
-        """The tokens of conversations without :meth:`misfits`."""
+    def render(self, conversations: Sequence[Conversation]) -> list[Rendered | None]:
+        """The tokens of conversations without :meth:`misfits`; None where the template refuses one."""
         pieces = [self._pieces(one) for one in conversations]
         encoded = iter(self._encode([text for one in pieces for text, _ in one]))
-        return [self._join([(next(encoded), learned) for _, learned in one]) for one in pieces]
+        return [self._join([(next(encoded), learned) for _, learned in one]) if one else None for one in pieces]
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens after which the model answers."""
-        return self._encode([self._text(messages, answer=True)])[0].tolist()
+        """The tokens after which the model answers; UserError when the template refuses the messages."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._encode([self._text(messages, answer=True)])[0].tolist()
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"the chat template of {self.tokenizer.folder} refuses a question: {error}") from error
 
     def misfits(self, conversations: Sequence[Conversation]) -> list[str | None]:
         """Why each conversation cannot be rendered, or None: text that spells a special token would become one."""
@@ -107,24 +113,25 @@ class Renderer:
         return next(text for text, id in self._special.items() if id == self.stop)
 
     def _text(self, messages: list[dict[str, str]], *, answer: bool = False) -> str:
-        try:
-            text = self._theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-        except Exception as error:  # whatever the template raises
-            raise UserError(f"the chat template of {self.tokenizer.folder} refuses a conversation: {error}") from error
-        return str(text)
+        return str(self._theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
 
     def _pieces(self, conversation: Conversation) -> list[Piece]:
-        """The text of a conversation, in turn what is given and what is learned.
+        """The text of a conversation, in turn what is given and what is learned; nothing where the template refuses it.
 
         Where a template shows earlier turns otherwise than it did when they were the last (a reasoning model's, whose
         thoughts are then left out), only the last answer is learned.
         """
+        from jinja2 import TemplateError
+
         messages = conversation.messages
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         pieces: list[Piece] = []
         done = ""
-        for number in answers:
-            prompt, whole = self._text(messages[:number], answer=True), self._text(messages[: number + 1])
+        try:
+            texts = [(self._text(messages[:n], answer=True), self._text(messages[: n + 1])) for n in answers]
+        except (TemplateError, ValueError):  # such as one without a system turn
+            return []
+        for prompt, whole in texts:
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 return self._last_answer(messages[: answers[-1] + 1])
             answer = self._until_stop(whole[len(prompt) :])
@@ -136,6 +143,18 @@ class Renderer:
         prompt, whole = self._text(messages[:-1], answer=True), self._text(messages)
         answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
         return [(prompt, False), (self._until_stop(answer), True)]
+
+    def _check_pieces(self) -> None:
+        """UserError when text in pieces becomes other tokens than in one, as SentencePiece's tokenizers begin every
+        text with a space: what is trained would not be what is met."""
+        pieces = self._pieces(Conversation((("user", "Say red."), ("assistant", "Red."))))
+        ids = np.concatenate(self._encode([text for text, _ in pieces]))
+        whole = self._encode(["".join(text for text, _ in pieces)])[0]
+        if ids.tolist() != whole.tolist():
+            raise UserError(
+                f"the tokenizer in {self.tokenizer.folder} encodes a conversation otherwise than its turns one by one "
+                "(SentencePiece's do); tokenizers of bytes, such as Llama-3's, Qwen's or Phi's, are taken"
+            )
 
     def _until_stop(self, answer: str) -> str:
         """An answer up to its stop token, which is added where the template has none."""

@@ -77,6 +77,10 @@ class AnswerSettings:
     answer: int = field(default=48, metadata=MAY_CHANGE)
     """Most tokens of an answer; 0: none."""
 
+    def __post_init__(self) -> None:
+        if self.answer < 0 or self.tokens < 1:
+            raise ValueError("--eval.answer must not be negative, and --eval.tokens at least 1")
+
 
 @dataclass
 class Conversations:
@@ -89,7 +93,7 @@ class Conversations:
     epochs: float | None = option(None, MAY_CHANGE)
     """Times through the data; --tokens in its place is a budget. Default: 3."""
     keep_out: str | None = None
-    """Folder of evaluation data; conversations that share 13 words in a row with its questions are left out."""
+    """Folder of evaluation data; what shares 13 words in a row with it, or a whole shorter question, is left out."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters."""
     teacher: str | None = None
@@ -121,6 +125,8 @@ class SftSettings(RunSettings, Conversations):  # fields of the last base come f
             raise ValueError("give the model folder to start from: python -m sft MODEL")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"--epochs must be positive, not {self.epochs}")
+        if self.teacher is None and self.distill != DistillSettings():
+            raise ValueError("--distill.weight and --distill.temperature belong to --teacher")
 
 
 @dataclass

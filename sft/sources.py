@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +30,11 @@ FIELDS = {
 }
 """What a row says, and the fields that say it, the first that is there: Chinese sets often carry the English too."""
 
-NO_INPUT = re.compile(r"\W*(no ?input|n/a|不适用|无输入)?\W*", re.IGNORECASE)
+NO_INPUT = re.compile(r"""[\s"'“”‘’.。_-]*|\W*(no ?input|n/a|不适用|无输入)\W*""", re.IGNORECASE)
 """What stands in an input that is none; Alpaca has some 500 of these."""
+
+_BROKEN = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which some JSON files have: it is no character and has no UTF-8."""
 
 HELD_OUT = 40
 """One conversation in so many is held out."""
@@ -52,20 +55,12 @@ class Source:
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason to number of rows left out."""
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that is trained on."""
-        digest = xxhash.xxh3_128()
-        for conversation in self.train:
-            digest.update(json.dumps(conversation.turns, ensure_ascii=False).encode(errors="surrogatepass"))
-        return digest.hexdigest()
-
 
 Filter = Callable[[Sequence[Conversation]], Sequence[str | None]]
 """Conversations to the reason why each is left out, or None."""
 
 
-def open_sources(mix: Mix, filters: Iterable[Filter] = ()) -> list[Source]:
+def open_sources(mix: Mix, filters: Sequence[Filter] = ()) -> list[Source]:
     """Read every source of a mix; copies of a conversation stay in the first source that has it.
 
     Args:
@@ -79,7 +74,7 @@ def open_sources(mix: Mix, filters: Iterable[Filter] = ()) -> list[Source]:
     return [_source(name, weight, seen, filters) for name, weight in mix.parts]
 
 
-def _source(name: str, weight: float, seen: set[bytes], filters: Iterable[Filter]) -> Source:
+def _source(name: str, weight: float, seen: set[bytes], filters: Sequence[Filter]) -> Source:
     rows, origin = _rows(name)
     dropped: Counter[str] = Counter()
     kept: list[Conversation] = []
@@ -142,6 +137,8 @@ def conversation_of(row: Any) -> Conversation | str:
     instruction, given, output = (_first(row, names) for names in FIELDS.values())
     if not isinstance(instruction, str) or not isinstance(output, str) or not isinstance(given or "", str):
         return "no conversation"
+    if _BROKEN.search(instruction + output + (given or "")):
+        return "broken characters"
     if not output.strip():
         return "empty answer"
     if not instruction.strip():
@@ -162,13 +159,17 @@ def _of_messages(messages: Any) -> Conversation | str:
         text = message.get("content") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             return "no conversation"
+        if _BROKEN.search(text):
+            return "broken characters"
         if role == "system" and turns:
             return "no conversation"
         turns.append((role, text.strip()))
     while turns and turns[-1][0] != "assistant":
         turns.pop()  # nothing is learned from a question without an answer
-    if not any(role == "user" for role, _ in turns):
-        return "empty question" if turns else "empty answer"
+    if not turns:
+        return "empty answer"
+    if next((role for role, _ in turns if role != "system"), None) != "user":
+        return "empty question"  # it begins with an answer
     if not all(text for _, text in turns):
         return "empty answer" if any(not text for role, text in turns if role == "assistant") else "empty question"
     return Conversation(tuple(turns))
@@ -177,7 +178,10 @@ def _of_messages(messages: Any) -> Conversation | str:
 def _rows(name: str) -> tuple[list[Any], str]:
     """The rows of a source, and where they were read from."""
     if Path(name).expanduser().is_file():
-        return _read(Path(name).expanduser()), name
+        rows = _read(Path(name).expanduser())
+        return rows, name + _derived_from(rows)
+    if Path(name).expanduser().is_dir():
+        raise UserError(f"{name} is a folder; give a JSON or JSON lines file in it")
     if name == "sample":
         return _read(Path(__file__).with_name("sample.json")), "palmtop's sample"
     if name in HUB:
@@ -188,6 +192,12 @@ def _rows(name: str) -> tuple[list[Any], str]:
         f"{name} is no file, and none of {', '.join([*HUB, 'sample'])}; give a JSON or JSON lines file, or ORG/NAME "
         "of a data set on the hub"
     )
+
+
+def _derived_from(rows: list[Any]) -> str:
+    """What the rows say that they were made of, as those of ``python -m sft formats`` do."""
+    made_of = {origin for row in rows if isinstance(row, dict) for origin in row.get("derived_from") or ()}
+    return f" (made of {', '.join(sorted(made_of))})" if made_of else ""
 
 
 def _read(path: Path) -> list[Any]:
@@ -203,7 +213,7 @@ def _read(path: Path) -> list[Any]:
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON: {error}") from error
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # nothing else ends a line of JSON
         try:
             if line.strip():
                 rows.append(json.loads(line))

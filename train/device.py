@@ -69,11 +69,18 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_fit(
-    settings: RunSettings, config: ModelConfig, place: Place, device: torch.device, trainable: int | None = None
+    settings: RunSettings,
+    config: ModelConfig,
+    place: Place,
+    device: torch.device,
+    *,
+    trainable: int | None = None,
+    taken: int = 0,
 ) -> Fit:
     """How to spread the run and how many rows to take at once: as asked for, the rest by the plan.
 
-    ``trainable`` is the number of parameters that are trained, where it is not all of them.
+    ``trainable`` is the number of parameters that are trained, where it is not all of them; ``taken`` the bytes of
+    each device that are not the run's to use.
 
     Raises:
         UserError: the ranks cannot share the batch.
@@ -84,7 +91,7 @@ def choose_fit(
     else:
         gpu = gpus.cpu_here(place.devices)
     workload = workload_of(settings, config, Machine(gpu, place.devices, place.nodes))
-    return best(replace(workload, compiled=compiles(settings, device), trainable=trainable))
+    return best(replace(workload, compiled=compiles(settings, device), trainable=trainable, taken=taken))
 
 
 def compiles(settings: RunSettings, device: torch.device) -> bool:

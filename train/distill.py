@@ -32,15 +32,16 @@ class Distillation:
 
     def __call__(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The summed loss, and the summed negative log-likelihood of the labels."""
-        return self._of(student, batch, self._chunk)
+        loss, nll = self._sums(student, batch, self.weight, self.temperature)
+        return loss, nll
 
-    def divergence(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The summed KL(p || q) at temperature 1, in nats, over the tokens that are predicted."""
-        chunk = Distillation(self.teacher, 1.0, 1.0)._chunk
-        divergence: Tensor = self._of(student, batch, chunk)[0]
-        return divergence.detach()
+    def figures(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Over the tokens that are predicted, the summed negative log-likelihood of the labels and KL(p || q) at
+        temperature 1, both in nats."""
+        divergence, nll = self._sums(student, batch, weight=1.0, temperature=1.0)
+        return nll, divergence
 
-    def _of(self, student: nn.Module, batch: dict[str, Tensor], chunk: Any) -> Any:
+    def _sums(self, student: nn.Module, batch: dict[str, Tensor], weight: float, temperature: float) -> Any:
         given = batch["inputs"], batch["positions"], batch["targets"]
         with torch.no_grad():
             theirs_MD, their_head = self.teacher(*given, head_loss=lambda hidden, head, targets: (hidden, head))
@@ -49,7 +50,7 @@ class Distillation:
             def against_teacher(ours: Tensor, head: nn.Linear, theirs: Tensor, targets: Tensor) -> Any:
                 with torch.no_grad():
                     logits = their_head(theirs).float()
-                return chunk(head(ours).float(), logits, targets)
+                return _loss(head(ours).float(), logits, targets, weight, temperature)
 
             predicts = targets_M != IGNORE
             rest = theirs_MD[predicts], targets_M[predicts]
@@ -57,10 +58,13 @@ class Distillation:
 
         return student(*given, head_loss=loss)
 
-    def _chunk(self, ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-        nll = F.cross_entropy(ours_PV, targets_P, reduction="sum")
-        common = min(ours_PV.shape[-1], theirs_PV.shape[-1])
-        log_q = (ours_PV[:, :common] / self.temperature).log_softmax(-1)
-        log_p = (theirs_PV[:, :common] / self.temperature).log_softmax(-1)
-        divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        return (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence, nll.detach()
+
+def _loss(
+    ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    nll = F.cross_entropy(ours_PV, targets_P, reduction="sum")
+    common = min(ours_PV.shape[-1], theirs_PV.shape[-1])
+    log_q = (ours_PV[:, :common] / temperature).log_softmax(-1)
+    log_p = (theirs_PV[:, :common] / temperature).log_softmax(-1)
+    divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return (1 - weight) * nll + weight * temperature**2 * divergence, nll.detach()

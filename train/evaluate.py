@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from data.sources import Corpus
 from data.tokenizer import Tokenizer
 from data.validation import HeldOut, read_held_out
 from train.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from train.stage import Stage
+from train.stage import Stage
 
 
 @torch.no_grad()
@@ -164,7 +161,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, stage: "Stage", settings: TrainSettings, corpus: Corpus, tokenizer: Tokenizer, model: nn.Module
+        self, stage: Stage, settings: TrainSettings, corpus: Corpus, tokenizer: Tokenizer, model: nn.Module
     ) -> None:
         self._stage, self._settings, self._corpus = stage, settings.eval, corpus
         self._tokenizer, self._model, self._seed = tokenizer, model, settings.seed

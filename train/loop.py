@@ -213,12 +213,12 @@ class _Steps:
             self._t.console.warn(f"step {outcome.step:,} skipped: loss {outcome.loss:.4g}, gradient norm {norm:.4g}")
         if self._skipped >= self._t.patience:
             self._meter.flush()
-            or_here = ", or here with a larger --health.spike" if math.isfinite(norm) else ""
+            or_here = "; or go on here with a larger --health.spike" if math.isfinite(norm) else ""
             last = _last_checkpoint(self._t.run)
             raise UserError(
                 f"{self._skipped} steps in a row were skipped, the last with loss {outcome.loss:.4g} and gradient norm "
-                f"{norm:.4g}: training has diverged. The last checkpoint from before is {last}; "
-                f"go on from it in a new run with --init and a lower --optimizer.lr{or_here}"
+                f"{norm:.4g}: training has diverged. The last checkpoint from before is {last}; make a model folder of "
+                f"it (python train.py consolidate) and begin a new run from that with a lower --optimizer.lr{or_here}"
             )
 
 

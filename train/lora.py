@@ -6,8 +6,10 @@ Only the adapters are trained, saved and resumed; the end of a run merges W + sc
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
+from common.errors import UserError
 from models.foreign import Architecture, Foreign
 from models.transformer import Transformer, generator_of
 from train.engine import Values
@@ -46,6 +48,24 @@ def first_values(base: Values, seed: int) -> Values:
         return torch.zeros(shape) if UP in name else base(name.replace(BASE, "."), shape)
 
     return value
+
+
+def digest_of(base: Path) -> str:
+    """A hash of the weights in a model folder."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(base.glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            while block := opened.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_base(base: Path, digest: str) -> None:
+    """UserError when the weights that adapters were trained beside are not there or have changed."""
+    if digest_of(base) != digest:
+        raise UserError(
+            f"the adapters were trained beside other weights than those in {base}; put the model folder back as it was"
+        )
 
 
 def merge(adapters: dict[str, Tensor], base: Path, scale: float) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
 from data.tokenizer import Tokenizer
@@ -21,11 +22,17 @@ def own_data(stage: str, origins: Sequence[str], weights: Sequence[float]) -> di
 
 def data_seen(path: Path) -> list[dict[str, Any]]:
     """Every source that the weights in a model folder or checkpoint have seen, as far as they tell."""
+    record: dict[str, Any] = {}
     if (path / "state.json").exists():
-        return list(checkpoint.read_state(path)["record"]["data"])
-    if (path / "palmtop.json").exists():
-        return list(json.loads((path / "palmtop.json").read_text(encoding="utf-8"))["data"])
-    return [{"stage": "unknown", "from": str(path)}]
+        record = checkpoint.read_state(path)["record"]
+    elif (path / "palmtop.json").exists():
+        try:
+            record = json.loads((path / "palmtop.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{path / 'palmtop.json'} cannot be read: {error}; without it the model counts as one of unknown data"
+            ) from error
+    return list(record.get("data") or [{"stage": "unknown", "from": str(path)}])
 
 
 def generation_config(begin: int | None, stop: Sequence[int], pad: int | None) -> dict[str, Any]:
@@ -54,6 +61,7 @@ def write_model_folder(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
     }
     weights = checkpoint.read_weights(path)
     if state.get("lora") is not None:
+        lora.check_base(Path(state["lora"]["base"]), state["lora"]["digest"])
         weights = lora.merge(weights, Path(state["lora"]["base"]), state["lora"]["scale"])
     named = {name: tensor.to(architecture.dtype) for name, tensor in architecture.hugging_face(weights).items()}
     with new_folder(folder) as temporary:

@@ -127,6 +127,13 @@ class Workload:
     """The blocks are compiled, which keeps fewer activations. None: on a GPU."""
     trainable: int | None = None
     """Parameters that are trained, where the others are frozen (LoRA). None: all."""
+    taken: int = 0
+    """Bytes of a device that something else takes, such as a teacher."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of a device that training may take."""
+        return max(0, self.machine.room - self.taken)
 
     @property
     def value_bytes(self) -> int:
@@ -194,7 +201,7 @@ def _best_under(job: Workload, strategy: str, levels: tuple[str, ...], micro_bat
     fit = None
     for checkpointing in levels:
         for rows in micro_batches:
-            fit = Fit(strategy, checkpointing, rows, memory(job, strategy, checkpointing, rows), job.machine.room)
+            fit = Fit(strategy, checkpointing, rows, memory(job, strategy, checkpointing, rows), job.room)
             if fit.fits:
                 return fit
     assert fit is not None

@@ -126,7 +126,7 @@ def _pretrain(stage: Stage) -> signal.Signals | None:
         objective,
         evaluate,
         evaluate_every=settings.eval.every,
-        shape=to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad),
+        config=to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad),
         fingerprints=fingerprints,
         generation=generation_config(tokenizer.begin, [tokenizer.end], tokenizer.pad),
         record={"stage": "pretrain", "parent": settings.init, "data": _data_seen(stage, corpus)},

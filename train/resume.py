@@ -91,10 +91,7 @@ def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], Non
             raise UserError(f"the run {run.path} exists; leave --resume out to go on with it, or choose another --run")
         newest = checkpoint.newest_good(run.checkpoints, warn)
         if newest is None:
-            raise UserError(
-                f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run, "
-                "or from weights that you have with --init"
-            )
+            raise UserError(f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run")
         return Origin(checkpoint=newest, verified=True)
     if stored is None:
         shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
@@ -139,7 +136,7 @@ def _fill(settings: Settings, stored: dict[str, Any]) -> Settings:
         if field.metadata.get("may_change"):
             continue
         if dataclasses.is_dataclass(value):
-            changes[field.name] = _fill(value, before or {})
+            changes[field.name] = _fill(value, before if isinstance(before, dict) else {})
         elif value is None or (field.name == "precision" and value == "auto"):
             changes[field.name] = value if before is None else before
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]

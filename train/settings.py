@@ -43,7 +43,8 @@ class OptimizerSettings:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW."""
     lr: float | None = None
-    """Peak learning rate. Default: 1e-3 at width 768 and in inverse proportion to the width, at most 4e-3."""
+    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3;
+    fine-tuning 2e-5 at 4096, adapters 2e-4."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9

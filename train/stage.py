@@ -108,7 +108,7 @@ class Stage:
         *,
         evaluate_every: int | None,
         evaluate_first: bool = False,
-        shape: dict[str, Any],
+        config: dict[str, Any],
         fingerprints: dict[str, str],
         generation: dict[str, Any],
         record: dict[str, Any],
@@ -125,12 +125,13 @@ class Stage:
             evaluate: called with the step.
             evaluate_every: tokens between evaluations; 0 never.
             evaluate_first: evaluate what the run starts from, too.
-            shape: the ``config.json`` of checkpoints and of the model folder.
+            config: the ``config.json`` of checkpoints and of the model folder.
             fingerprints: of the data, see :meth:`check_data`.
             generation: the ``generation_config.json`` of the model folder.
             record: what ``palmtop.json`` tells beside the state of the run: where the model is from, and all of its
                 data under ``data``.
-            lora: where only adapters are trained, their ``base`` folder and their ``scale``.
+            lora: where only adapters are trained, their ``base`` folder with the ``digest`` of its weights, and their
+                ``scale``.
             header: what is trained, first lines of the table that is shown.
             flops_per_token: for MFU; None leaves it out.
         """
@@ -156,7 +157,7 @@ class Stage:
                 "lora": lora,
             }
             wait = wait or not engine.asynchronous
-            checkpoints.save(at.step, engine.tensors_to_save(), values, shape, wait=wait)
+            checkpoints.save(at.step, engine.tensors_to_save(), values, config, wait=wait)
             for warning in batches.warnings(taken):
                 console.warn(warning)
 
@@ -215,7 +216,7 @@ class Stage:
             "batch": f"{t.batch_tokens:,} tokens = {t.rows} rows of {t.seq_len}, {t.micro_rows} at a time",
             "steps": f"{math.ceil(t.tokens / t.batch_tokens):,}, starting after {t.progress.step:,}",
             "devices": f"{job.world_size} × {device_name(self.device)}, {self.settings.precision}",
-            "strategy": f"{self.fit.strategy}, activation checkpointing {self.fit.checkpointing}, "
+            "strategy": f"{self.fit.strategy}, activation checkpointing {t.engine.raw.checkpointing}, "
             f"{gigabytes(self.fit.memory.total)} a device by the plan",
         }
         if t.flops_per_token is not None:
@@ -266,6 +267,7 @@ def open_stage(
     *,
     init: str | None,
     trainable: int | None = None,
+    taken: int = 0,
 ) -> Iterator[Stage]:
     """Let the ranks meet and claim the run; a block in which it is this job's alone.
 
@@ -276,12 +278,13 @@ def open_stage(
         run: its folder.
         init: model folder or checkpoint whose weights a new run starts from.
         trainable: parameters that are trained, where it is not all of them.
+        taken: bytes of each device that the stage needs for something else.
 
     Raises:
         UserError: the run cannot be gone on with; or the GPU's memory is used up in the block.
     """
     device = choose_device(settings, place)
-    plan = choose_fit(settings, shape, place, device, trainable)
+    plan = choose_fit(settings, shape, place, device, trainable=trainable, taken=taken)
     fabric = make_fabric(settings, place, plan.strategy)
     job = Job.of_all()
     settings, shape, plan = job.broadcast((settings, shape, plan))

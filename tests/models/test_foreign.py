@@ -1,5 +1,6 @@
 """Models that ours cannot be, held to transformers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import transformers
 
 from common.errors import UserError
-from models.foreign import Architecture, Foreign, cross_entropy
+from models.foreign import Architecture, Foreign
 from models.hf import WeightFiles
 from models.hf_config import with_rope_at_top
 from models.transformer import IGNORE, Transformer
@@ -132,13 +133,21 @@ def test_without_targets_the_loss_is_nothing_and_reaches_every_weight(tmp_path: 
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_z_loss_is_that_of_our_own() -> None:
-    torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(8, 61, bias=False), torch.randn(20, 8), TOKENS.flatten()
-    from models.transformer import ChunkedCrossEntropy, chunk_loss
+def test_there_is_no_dropout(tmp_path: Path) -> None:
+    """Which would make a run depend on where it stopped and on the number of ranks; Phi-2's configuration has some."""
+    write_folder("phi", tmp_path, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
+    model = load(tmp_path).train()
+    assert model(TOKENS).equal(model(TOKENS))
+    assert Architecture.of(tmp_path).values["resid_pdrop"] == 0.5
 
-    expected = ChunkedCrossEntropy.apply(hidden, head.weight, targets, 0.01, chunk_loss, False)
-    torch.testing.assert_close(cross_entropy(0.01)(hidden, head, targets), expected)
+
+def test_the_dtype_has_two_names(tmp_path: Path) -> None:
+    write_folder("qwen2", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for changes, dtype in (({"dtype": "bfloat16"}, torch.bfloat16), ({"torch_dtype": "float16"}, torch.float16),
+                           ({}, torch.float32)):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({**values, "dtype": None} | changes))
+        assert Architecture.of(tmp_path).dtype == dtype
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
@@ -147,6 +156,14 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         Architecture.of(tmp_path)
     with pytest.raises(UserError, match="is no model folder"):
         Architecture.of(tmp_path / "nowhere")
+    for content, message in (
+        ("[]", "holds no JSON object"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "config.json has no 'num_hidden_layers'|has no 'num_att"),
+        ('{"architectures": ["Qwen3ForCausalLM"], "quantization_config": {"quant_method": "fp8"}}', "are quantised"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            Architecture.of(tmp_path)
 
 
 def test_rotary_settings_stand_at_the_top_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import signals
+from common.errors import UserError
 from data.packing import IGNORE
 from sft.__main__ import main
 from sft.rendering import Renderer
@@ -55,7 +56,7 @@ def test_a_run_learns_and_explains_itself(sft, chat_model: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "sample: 147 trained on, 3 held out\n" in said
     assert "not compared with evaluation data: --keep-out DIR" in said
-    assert said.rstrip().endswith(f"model: {run / 'model'}\nlook:  tensorboard --logdir {run}")
+    assert said.rstrip().endswith(f"look:  tensorboard --logdir {run}\ntalk:  python -m sft chat {run / 'model'}")
     first, *_, last = evaluations(run)
     assert [one["step"] for one in evaluations(run)] == [0, 30, 60]
     for language in ("en", "zh"):
@@ -108,6 +109,20 @@ def test_the_model_folder_has_the_loss_of_the_run(sft, chat_model: Path) -> None
     assert sum(path.stat().st_size for path in saved.glob("*.distcp")) < 200_000  # the adapters alone
 
 
+def test_adapters_are_not_merged_into_other_weights(sft, chat_model: Path, tmp_path: Path, capsys) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(chat_model, base)
+    words = (base, "--data", "sample", "--eval.every", "0", "--lora.rank", 2)
+    run = sft(*words, "--tokens", 1024)
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UserError, match="were trained beside other weights"):
+        consolidate(run)
+    with pytest.raises(SystemExit):
+        sft(*words, "--tokens", 2048)
+    assert "were trained beside other weights" in capsys.readouterr().err
+
+
 def test_a_foreign_model_is_fine_tuned(sft, tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "qwen2"
     write_folder("qwen2", folder, vocab_size=512, max_position_embeddings=256)
@@ -144,11 +159,13 @@ def run_plan(model: Path, attempts: list[dict], *more: str) -> None:
         assert end["codes"] == [-9 if "step" in one else 0] * one.get("world", 1), end["log"][-3000:]
 
 
-def test_a_killed_run_goes_on_exactly(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", "--lora.rank 4 --teacher MODEL"], ids=["full", "adapters and teacher"])
+def test_a_killed_run_goes_on_exactly(more: str, chat_model: Path, tmp_path: Path) -> None:
     """Past the end of an epoch, too: the sample fills 63 rows of this length, and 96 are taken."""
-    killed = {"run": str(tmp_path / "killed")}
+    argv = more.replace("MODEL", str(chat_model)).split()
+    killed = {"run": str(tmp_path / "killed"), "argv": argv}
     attempts = [
-        {"run": str(tmp_path / "whole")},
+        {"run": str(tmp_path / "whole"), "argv": argv},
         {**killed, "step": 5, "signal": "SIGKILL"},
         {**killed, "step": 13, "signal": "SIGKILL"},
         killed,
@@ -228,6 +245,12 @@ def test_bad_input_is_one_clear_message(fails, chat_model: Path, tokenizer, tmp_
     shutil.copytree(chat_model, other)
     text = (other / "tokenizer.json").read_text(encoding="utf-8").replace("<|reserved_0|>", "<|renamed|>")
     (other / "tokenizer.json").write_text(text, encoding="utf-8")
+    small, damaged = tmp_path / "small", tmp_path / "damaged"
+    for folder in (small, damaged):
+        shutil.copytree(chat_model, folder)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    (damaged / "generation_config.json").write_text("{")
     for words, shown in (
         ([], "give the model folder to start from: python -m sft MODEL"),
         ([tmp_path / "nowhere"], "is no model folder"),
@@ -240,6 +263,10 @@ def test_bad_input_is_one_clear_message(fails, chat_model: Path, tokenizer, tmp_
         ([chat_model, "--data", rows, "--lora.rank", "2", "--strategy", "deepspeed-2"], "use --strategy fsdp"),
         ([chat_model, "--data", rows, "--keep-out", tmp_path / "none"], "there is no folder"),
         ([chat_model, "--data", rows, "--distill.weight", "2"], "must be above 0 and at most 1"),
+        ([chat_model, "--data", rows, "--distill.weight", "0.9"], "belong to --teacher"),
+        ([chat_model, "--data", rows, "--eval.answer", "-1"], "must not be negative"),
+        ([small, "--data", rows], "has 512 tokens, more than the 500 rows of the model's embedding"),
+        ([damaged, "--data", rows], "generation_config.json cannot be read"),
     ):
         assert shown in fails(*words), words
 

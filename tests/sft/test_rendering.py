@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from common.errors import UserError
 from data.chat import Conversation
 from sft.rendering import Renderer, show, stops_of
 from sft.sources import conversation_of
@@ -144,6 +146,29 @@ def test_a_template_in_a_file_of_its_own_moves_into_the_configuration(tokenizer,
     renderer.write(tmp_path / "out")
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+
+
+def test_what_a_template_refuses_is_none(tokenizer, tmp_path: Path) -> None:
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    renderer = with_template(tokenizer, tmp_path, no_system)
+    turns = (("system", "Be brief."), ("user", "1?"), ("assistant", "one"))
+    refused, taken = renderer.render([Conversation(turns), Conversation(turns[1:])])
+    assert refused is None
+    assert taken is not None
+    with pytest.raises(UserError, match="refuses a question: no system turn"):
+        renderer.prompt(Conversation(turns[:2]).messages)
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_is_refused(tokenizer, tmp_path: Path) -> None:
+    """As Llama-2's: an answer alone would become other tokens than behind its question."""
+    tokenizer.copy_to(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    values["normalizer"] = {"type": "Prepend", "prepend": "_"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": None}), encoding="utf-8")
+    with pytest.raises(UserError, match="encodes a conversation otherwise than its turns one by one"):
+        Renderer(tmp_path)
 
 
 def test_text_that_spells_a_special_token_is_left_out(renderer: Renderer) -> None:

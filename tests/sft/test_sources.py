@@ -26,6 +26,7 @@ from tests.sft.conftest import ROWS, conversation, write_rows
         {"instruction": "问", "input": "<noinput>", "output": "答"},
         {"instruction": "问", "input": "No Input.", "output": "答"},
         {"instruction": "问", "input": "不适用", "output": "答", "score": 5},
+        {"instruction": "问", "input": "“”", "output": "答"},
         {"zh_instruction": "问", "zh_input": "", "zh_output": "答", "instruction": "ask", "output": "answer"},
         {"instruction_zh": "问", "input_zh": "", "output_zh": "答", "instruction": "a", "input": "b", "output": "c"},
         {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
@@ -40,6 +41,13 @@ def test_rows_become_conversations(row: dict) -> None:
 def test_the_input_goes_under_the_instruction() -> None:
     row = {"instruction": "Sort these.", "input": "b, a", "output": "a, b"}
     assert conversation_of(row) == conversation("Sort these.\n\nb, a", "a, b")
+
+
+def test_marks_may_be_an_input() -> None:
+    """Alpaca has a Morse code and a row of stars."""
+    for given in ("+", "★★★★★", "... --- ... / -.-", "*\n**\n***", "n/a or not?"):
+        row = {"instruction": "Explain.", "input": given, "output": "So."}
+        assert conversation_of(row) == conversation(f"Explain.\n\n{given}", "So.")
 
 
 def test_a_chat_keeps_its_turns() -> None:
@@ -63,6 +71,21 @@ def test_a_chat_keeps_its_turns() -> None:
         ({"messages": [{"role": "tool", "content": "ask"}]}, "no conversation"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "no conversation"),
         ({"messages": "ask"}, "no conversation"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "hi"},
+                    {"role": "user", "content": "ask"},
+                    {"role": "assistant", "content": "answer"},
+                ]
+            },
+            "empty question",
+        ),
+        ({"instruction": "ask \ud83d", "input": "", "output": "answer"}, "broken characters"),
+        (
+            {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "\udc00"}]},
+            "broken characters",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_says_why(row: object, reason: str) -> None:
@@ -79,6 +102,17 @@ def test_files_of_either_form_are_read(tmp_path: Path, packed: bool, lines: bool
     assert {one.turns[0][1] for one in source.train + source.held_out} == {
         "Name a colour.", "Write it in capitals.\n\nwater", "说出一种水果。", "翻译成英文。\n\n谢谢",
     }  # fmt: skip
+
+
+def test_a_line_of_json_may_hold_other_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "one\u2028two\x85three", "output": "yes", "derived_from": ["tatsu-lab/alpaca"]}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (source,) = open_sources(Mix.parse(str(path)))
+    assert (source.train + source.held_out)[0].turns[0][1] == "one\u2028two\x85three"
+    assert source.origin == f"{path} (made of tatsu-lab/alpaca)"
+    with pytest.raises(UserError, match="is a folder; give a JSON"):
+        open_sources(Mix.parse(str(tmp_path)))
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:

@@ -43,18 +43,18 @@ def test_the_loss_is_the_formula(temperature: float, vocab: int) -> None:
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     student, _ = models()
-    assert Distillation(student, 0.5, 1.0).divergence(student, BATCH).item() == pytest.approx(0, abs=1e-5)
+    assert Distillation(student, 0.5, 1.0).figures(student, BATCH)[1].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_the_divergence_falls() -> None:
     student, teacher = models()
     objective = Distillation(teacher, 1.0, 2.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    before = objective.divergence(student, BATCH).item()
+    before = objective.figures(student, BATCH)[1].item()
     for _ in range(20):
         objective(student, BATCH)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = objective.divergence(student, BATCH).item()
+    after = objective.figures(student, BATCH)[1].item()
     print(f"KL {before:.3f} → {after:.3f}")
     assert after < before / 2
