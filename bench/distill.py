@@ -7,6 +7,7 @@ The student is MODEL without some of its layers. Prints the held-out losses, and
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,8 +36,9 @@ def leave_out(folder: Path, layers: set[int], out: Path) -> None:
     with new_folder(out) as temporary:
         save_weights(weights, temporary)
         write_json(temporary / "config.json", values | {"num_hidden_layers": len(kept)})
-        for file in (*folder.glob("tokenizer*.json"), folder / "generation_config.json"):
-            shutil.copyfile(file, temporary / file.name)
+        for pattern in ("tokenizer*.json", "generation_config.json", "palmtop.json"):
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, temporary / file.name)
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
         run = arguments.out / name.replace(" ", "-")
         command = [sys.executable, "-m", "sft", student, "--data", arguments.data, "--tokens", arguments.tokens]
         command += ["--run", run.absolute(), "--eval.answer", "0", *words, *more]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+        subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for record in lines:
             if "val/loss" in record:
