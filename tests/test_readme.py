@@ -64,6 +64,21 @@ SMALLER = {
 """What makes a command of README small enough for a test: the same command, less of it."""
 
 
+def smaller(line: str, number: int) -> list[str]:
+    """The words of a command of README after ``python``, made small."""
+    program, *words = shlex.split(line)
+    assert program == ".venv/bin/python"
+    less = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
+    if "--devices" in words and less:
+        less += ["--devices", "2"]
+    if "--init" in words:
+        less = less[less.index("--tokens") :]  # the shape and the tokenizer come with the weights
+    if "train.py" in line and less and "--run" not in words:
+        less += ["--run", f"runs/{number}"]  # the names of these runs come from the size, here the same
+    words[0] = str(ROOT / words[0]) if words[0] == "train.py" else words[0]
+    return words + less
+
+
 def write_alpacas(folder: Path, rng: random.Random) -> dict[str, dict[str, bytes]]:
     """Both Alpacas as files in a folder, and as they lie on the hub."""
     rows = [
@@ -97,19 +112,15 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         sbatch.chmod(0o755)
         path = f"{sbatch.parent}:{os.environ['PATH']}"
         environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT), "PATH": path}
-        for number, line in enumerate(sorted(commands, key=lambda line: "data tokenizer" not in line)):
-            program, *words = shlex.split(line)
-            assert program == ".venv/bin/python"
-            smaller = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
-            if "--devices" in words and smaller:
-                smaller += ["--devices", "2"]
-            if "--init" in words:
-                smaller = smaller[smaller.index("--tokens") :]  # the shape and the tokenizer come with the weights
-            if "train.py" in line and smaller and "--run" not in words:
-                smaller += ["--run", f"runs/{number}"]  # the names of these runs come from the size, here the same
-            words = [str(ROOT / word) if word == "train.py" else word for word in words]
-            done = run_command(*words, *smaller, environment=environment, folder=tmp_path)
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        lines = sorted(commands, key=lambda line: "data tokenizer" not in line)
+        words = [smaller(line, number) for number, line in enumerate(lines)]
+        forked = run_command(
+            "-m", "tests.run_forked", json.dumps(words), environment=environment, folder=tmp_path, timeout=500
+        )
+        ends = [json.loads(end) for end in forked.stdout.splitlines()]
+        assert len(ends) == len(lines), forked.stderr
+        for line, end in zip(lines, ends, strict=True):
+            assert end["code"] == 0, f"{line}\n{end['output']}"
     assert (tmp_path / "runs" / "continued" / "model" / "model.safetensors").exists()
 
 
