@@ -146,9 +146,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes):
 
 def test_on_real_data(shared: Path):
     """Every long question of CommonsenseQA is found in an Alpaca row, and few rows hold one as they are."""
-    overlap = Overlap.of(shared / "datasets" / "eval")
+    six = ("commonsenseqa", "bbh", "gsm8k", "humaneval", "chid", "truthfulqa")
+    texts = (shared / "datasets" / "eval" / name for name in six)
+    overlap = Overlap.of(shared / "datasets" / "eval" / "commonsenseqa")
+    assert all(len(Overlap.of(folder)) > 50 for folder in texts)
     with gzip.open(shared / "datasets/alpaca/alpaca_data.json.gz", "rt", encoding="utf-8") as file:
-        rows = ["\n".join(row.values()) for row in json.load(file)]
+        rows = ["\n".join(row.values()) for row in json.load(file)[:5000]]
     lines = (shared / "datasets/eval/commonsenseqa/dev_rand_split.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["question"]["stem"] for line in lines]
     long_ones = [question for question in questions if len(overlap_module._TOKEN.findall(question)) >= 13]
@@ -160,4 +163,4 @@ def test_on_real_data(shared: Path):
     print(
         f"\n{len(found)} of {len(rows):,} rows of Alpaca overlap:", *(overlap.matches(rows[i]) for i in found), sep="\n"
     )
-    assert len(found) < 20
+    assert len(found) < 3
