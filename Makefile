@@ -36,9 +36,10 @@ demo: .venv/ready
 	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)-sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,
-# because threads of several processes that wait for each other by spinning are many times slower.
+# because threads of several processes that wait for each other by spinning are many times slower. In the order of
+# tests/conftest.py, the slow ones first.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready
 	$(RUN) -m ruff check .

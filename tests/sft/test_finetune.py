@@ -184,12 +184,9 @@ def test_a_killed_run_goes_on_exactly(more: str, chat_model: Path, tmp_path: Pat
 STRATEGIES = [
     ("full", "ddp", 2),
     ("full", "fsdp", 2),
-    ("full", "deepspeed-2", 2),
-    ("lora", "ddp", 2),
     ("lora", "fsdp", 2),
-    ("foreign", "ddp", 2),
     ("foreign", "fsdp", 2),
-    ("teacher", "fsdp", 2),
+    ("teacher", "ddp", 2),
 ]
 
 
@@ -209,14 +206,14 @@ def by_strategy(chat_model: Path, tokenizer, tmp_path_factory: pytest.TempPathFa
     for kind, strategy, world in STRATEGIES:
         argv = [*kinds[kind], "--strategy", strategy]
         attempts.append({"run": str(base / f"{kind}-{strategy}"), "argv": argv, "world": world})
-    run_plan(chat_model, attempts, "--tokens", str(12 * 1024), "--checkpoint.every", "100")
+    run_plan(chat_model, attempts, "--tokens", str(8 * 1024), "--checkpoint.every", "100")
     return {Path(one["run"]).name: losses(Path(one["run"])) for one in attempts}
 
 
 @pytest.mark.parametrize(("kind", "strategy", "world"), STRATEGIES)
 def test_two_processes_are_as_one(kind: str, strategy: str, world: int, by_strategy) -> None:
     one, two = by_strategy[kind], by_strategy[f"{kind}-{strategy}"]
-    assert len(one) == len(two) == 12
+    assert len(one) == len(two) == 8
     worst = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
     print(f"{kind} {strategy}: {worst:.1e}")
     assert worst < 1e-5
