@@ -1,0 +1,1 @@
+"""Scoring: a model folder in, score.json, Results.csv and a table out."""
