@@ -46,16 +46,26 @@ def read_held_out(source: TextSource | PreparedSource, tokenizer: Tokenizer, seq
     return HeldOut(source.name, pack(documents, seq_len, tokenizer.end), text_bytes, len(documents))
 
 
-def _text(source: TextSource, tokenizer: Tokenizer) -> Iterator[tuple[Array, int]]:
+def held_out_texts(source: TextSource) -> Iterator[str]:
+    """The held-out documents of a source of text, in its order.
+
+    Raises:
+        UserError: a validation shard is damaged. One of training shards ends where it is damaged.
+    """
     for shard in source.validation or source.train:
         try:
             for number, line in enumerate(lines(shard), 1):
                 text = text_of(line, shard, number)
                 if text and (source.validation or held_out(text)):
-                    yield tokenizer.encode_documents([text])[0], len(text.encode())
+                    yield text
         except DamagedShardError as error:
             if source.validation:
                 raise UserError(f"{error}. Fetch it again") from error
+
+
+def _text(source: TextSource, tokenizer: Tokenizer) -> Iterator[tuple[Array, int]]:
+    for text in held_out_texts(source):
+        yield tokenizer.encode_documents([text])[0], len(text.encode())
 
 
 def _prepared(source: PreparedSource) -> Iterator[tuple[Array, int]]:
