@@ -3,12 +3,21 @@
 The demonstrations are not here: :mod:`scoring.competition.shots` reads them from where OpenCompass has them.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from scoring.competition.task import Row, Task, Turn
 
 if TYPE_CHECKING:
     from scoring.competition.shots import Shots
+
+Template = Callable[[list[Turn]], str]
+"""Renders messages as the text of a chat, up to where the model answers."""
+
+
+def prompt_of(task: Task, row: Row, shots: "Shots", template: Template | None = None) -> str:
+    """The text that is sent: a chat that a template renders, or without one the form of base models."""
+    return base_prompt(task, row, shots) if template is None else template(chat_messages(task, row, shots))
 
 
 def base_prompt(task: Task, row: Row, shots: "Shots") -> str:
