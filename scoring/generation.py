@@ -168,7 +168,7 @@ class Generator:
         return row.request.finished(self._text(row).rstrip("\ufffd"))  # the bytes of a character still to come
 
     def _text(self, row: "_Row") -> str:
-        """What was written, as OpenCompass reads it: of a chat up to the text of an end token, else without specials."""
+        """What was written as OpenCompass reads it: of a chat up to the text of an end token, else without specials."""
         text: str = self.tokenizer.decode(row.written, skip_special_tokens=not self.settings.chat)
         for end in self._end_texts:
             text = text.partition(end)[0]

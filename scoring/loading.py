@@ -27,11 +27,11 @@ def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, 
     Args:
         folder: ours or another's.
         device: cpu, cuda, or auto: cuda where there is one.
-        dtype: float32, bfloat16, float16, or auto: float16 on CUDA, which OpenCompass loads by default, float32 on a CPU.
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, float16 on CUDA as OpenCompass has it.
 
     Raises:
-        UserError: it is no model folder, its weights are no safetensors or do not fit its ``config.json``, its tokenizer
-            is missing or has no end token, or the device is not there.
+        UserError: it is no model folder, its weights are no safetensors or do not fit its ``config.json``, it has no
+            tokenizer or one without an end token, or the device is not there.
     """
     _check_files(folder)
     where = _device(device)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-
 Key = tuple[str, int]
 """Task and row, which name a request within a run."""
 
