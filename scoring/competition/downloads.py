@@ -70,6 +70,8 @@ class Download:
                 file.truncate(0)
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
+            if response.length:
+                raise ConnectionError(f"it broke off {response.length:,} bytes before its end")
 
 
 def sha256_of(path: Path) -> str:

@@ -12,12 +12,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
-from scoring import sandbox
 from scoring.competition.data import choose_rows, count_warning, read_packed, read_rows
 from scoring.competition.prompts import Template, prompt_of
-from scoring.competition.scores import group_score, programs_of, score_rows, task_extras, task_score
+from scoring.competition.scores import group_score, score_outputs, task_extras, task_score
 from scoring.competition.shots import read_shots
-from scoring.competition.task import Row, Scored
 from scoring.competition.tasks import GROUPS, TASKS
 
 Answers = dict[str, dict[int, dict[str, Any]]]
@@ -88,7 +86,15 @@ def rescore(
         rows = read_rows(task, data)
         given = lines[name]
         _check_rows(name, given, len(rows))
-        scored = _score(name, [rows[number] for number in given], given, summary["warnings"], unsafe, progress)
+        scored, not_run = score_outputs(
+            task,
+            [rows[number] for number in given],
+            [line["output"] for line in given.values()],
+            unsafe=unsafe,
+            progress=progress,
+        )
+        if not_run:
+            summary["warnings"].append(f"{name} was not run: {not_run}")
         for line, one in zip(given.values(), scored, strict=True):
             line |= {"extracted": one.extracted, "correct": one.correct}
         summary["tasks"][name] = {
@@ -142,22 +148,3 @@ def _check_rows(name: str, given: Mapping[int, Any], count: int) -> None:
     outside = next((row for row in given if not 0 <= row < count), None)
     if outside is not None:
         raise UserError(f"there is an answer to row {outside} of {name}, whose rows are 0 to {count - 1}")
-
-
-def _score(
-    name: str,
-    rows: Sequence[Row],
-    given: Mapping[int, dict[str, Any]],
-    warnings: list[str],
-    unsafe: bool,
-    progress: Callable[[int], None] | None,
-) -> list[Scored]:
-    task, outputs = TASKS[name], [line["output"] for line in given.values()]
-    programs = programs_of(task, rows, outputs)
-    if not programs:
-        return score_rows(task, rows, outputs)
-    missing = None if unsafe else sandbox.available()
-    if missing is not None:
-        warnings.append(f"{name} was not run: {missing}")
-        return score_rows(task, rows, outputs)
-    return score_rows(task, rows, outputs, sandbox.run_programs(programs, unsafe=unsafe, progress=progress))

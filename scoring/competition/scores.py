@@ -1,7 +1,7 @@
 """From outputs to scores: of rows, of tasks and of the groups of the competition's table."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from scoring.competition.task import Row, Scored, Task
@@ -14,6 +14,37 @@ class ProgramResult(Protocol):
     @property
     def passed(self) -> bool:
         """Whether its tests passed."""
+
+
+def score_outputs(
+    task: Task,
+    rows: Sequence[Row],
+    outputs: Sequence[str],
+    *,
+    unsafe: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Scored], str | None]:
+    """Score outputs, one for each row, and run programs for that where the task needs it.
+
+    Args:
+        task: whose rows these are.
+        rows: as :func:`scoring.competition.data.read_rows` gives them.
+        outputs: what the model wrote, in the same order.
+        unsafe: run programs without the sandbox.
+        progress: called with the number of programs that have been run.
+
+    Returns:
+        The scored rows, and why programs could not be run, where they could not: then no row counts.
+    """
+    from scoring import sandbox
+
+    programs = programs_of(task, rows, outputs)
+    if not programs:
+        return score_rows(task, rows, outputs), None
+    missing = None if unsafe else sandbox.available()
+    if missing is not None:
+        return score_rows(task, rows, outputs), missing
+    return score_rows(task, rows, outputs, sandbox.run_programs(programs, unsafe=unsafe, progress=progress)), None
 
 
 def score_rows(
