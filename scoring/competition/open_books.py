@@ -73,7 +73,7 @@ def rescore(
 
     Returns:
         ``tasks``: ``score`` (0-100 or None), ``answered``, ``rows`` and further figures by name of task; ``groups``:
-        scores of those whose tasks are all there; ``warnings``: what a reader of the scores has to know.
+        the scores of those that have tasks here; ``warnings``: what a reader of the scores has to know.
 
     Raises:
         UserError: a line is no answer, or answers no question there is; data is missing.
@@ -107,8 +107,11 @@ def rescore(
             summary["warnings"].append(warning)
     scores = {name: found["score"] for name, found in summary["tasks"].items()}
     for group, names in GROUPS.items():
-        if all(name in scores for name in names):
+        there = sum(name in scores for name in names)
+        if there:
             summary["groups"][group] = group_score(group, scores)
+        if 0 < there < len(names):
+            summary["warnings"].append(f"{group} is the mean of {there} of its {len(names)} tasks")
     written = [json.dumps(line, ensure_ascii=False) + "\n" for by_row in lines.values() for line in by_row.values()]
     write_text(out, "".join(written))
     return summary
