@@ -58,7 +58,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where no float holds it."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _nats(model: Any, batch: Batch, device: torch.device, counter: "_Counter", *
     rows = max(1, min(64, LOGITS // (batch.inputs.shape[1] * model.config.vocab_size)))
     for start in range(0, len(batch.inputs), rows):
         inputs_BT, targets_BT, positions_BT = (
-            torch.from_numpy(np.ascontiguousarray(part[start : start + rows])).to(device)
+            torch.from_numpy(part[start : start + rows].copy()).to(device)
             for part in (batch.inputs, batch.targets, batch.positions)
         )
         mask = visible(positions_BT, model.dtype) if documents else None
