@@ -85,9 +85,10 @@ def find_file(data: Path, task: Task) -> Path:
         for path in (data / name, data / f"{name}.gz"):
             if path.is_file():
                 return path
+    places = " or ".join(str(data / name) for name in task.files)
     raise UserError(
-        f"{task.name} needs {data / task.files[0]} (or {', '.join(task.files[1:]) or 'it'} there, or with .gz): "
-        f"put the published file there, or leave --data out to fetch {_SOURCES[task.group].hub}"
+        f"{task.name} needs {places}, plain or with .gz: put the published file there, or leave --data out to fetch "
+        f"{_SOURCES[task.group].hub}"
     )
 
 

@@ -119,7 +119,7 @@ class CompetitionTask(ConfigurableTask):
         """The right answer."""
         return self.task.gold(doc["fields"])
 
-    def fewshot_context(  # type: ignore[override]  # whatever the evaluator passes
+    def fewshot_context(
         self,
         doc: dict[str, Any],
         *args: Any,

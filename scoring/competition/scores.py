@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from scoring import sandbox
 from scoring.competition.task import Row, Scored, Task
 from scoring.competition.tasks import GROUPS
 
@@ -36,8 +37,6 @@ def score_outputs(
     Returns:
         The scored rows, and why programs could not be run, where they could not: then no row counts.
     """
-    from scoring import sandbox
-
     programs = programs_of(task, rows, outputs)
     if not programs:
         return score_rows(task, rows, outputs), None

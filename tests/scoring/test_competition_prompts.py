@@ -93,7 +93,9 @@ def test_a_chat_goes_through_the_models_template(data: Path, tokenizer) -> None:
     assert all(message["content"].endswith("Answer:\n") for message in messages if message["role"] == "user")
     text = prompt_of(task, row, read_shots(data), template)
     assert text.startswith(f"{models.bos_token}<|user|>Question: Angelo and Melanie want to plan")
-    assert text.endswith(f"<|user|>Question: {row['question']}\nLet's think step by step\nAnswer:<|turn_end|><|assistant|>")
+    assert text.endswith(
+        f"<|user|>Question: {row['question']}\nLet's think step by step\nAnswer:<|turn_end|><|assistant|>"
+    )
     assert text.count("The answer is") == 4
 
 
