@@ -120,7 +120,11 @@ def rescore(
 def read_answers(path: Path) -> Answers:
     """The lines of a file of answers, in its order; UserError where one is no answer, or there twice."""
     found: Answers = defaultdict(dict)
-    for number, text in enumerate(read_packed(path).decode("utf-8-sig", errors="replace").split("\n"), 1):
+    try:
+        content = read_packed(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from error
+    for number, text in enumerate(content.split("\n"), 1):
         if not text.strip():
             continue
         line = _answer(text, f"line {number} of {path}")
@@ -138,6 +142,7 @@ _EXAMPLE = '{"task": "gsm8k", "row": 0, "output": "... The answer is 18"}'
 def _answer(text: str, where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
+        json.dumps(line, ensure_ascii=False).encode()  # JSON can spell halves of characters, which no file can hold
     except ValueError as error:
         raise UserError(f"{where} is no valid JSON: {error}") from error
     if not isinstance(line, dict) or not isinstance(line.get("output"), str) or type(line.get("row")) is not int:

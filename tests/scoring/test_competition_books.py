@@ -121,9 +121,15 @@ def test_what_is_no_answer_is_named(tmp_path: Path, lines: list[dict[str, Any]],
     assert not (tmp_path / "scored.jsonl").exists()
 
 
-def test_a_torn_line_and_a_missing_file_are_named(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_of_answers_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"task": "gsm8k", "row": 0, "output": "1"}\n{"task":')
     with pytest.raises(UserError, match="line 2 of .* is no valid JSON"):
+        rescore(tmp_path / "a.jsonl", SAMPLE, out=tmp_path / "b.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"task": "gsm8k", "row": 0, "output": "\\ud83d"}')
+    with pytest.raises(UserError, match="line 1 of .* is no valid JSON.*surrogates"):
+        rescore(tmp_path / "a.jsonl", SAMPLE, out=tmp_path / "b.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no UTF-8 text"):
         rescore(tmp_path / "a.jsonl", SAMPLE, out=tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="missing.jsonl cannot be read"):
         rescore(tmp_path / "missing.jsonl", SAMPLE, out=tmp_path / "b.jsonl")
