@@ -146,4 +146,4 @@ class Answers:
 def _digest(requests: Sequence[Request]) -> str:
     """A hash of everything that is asked, in whatever order."""
     asked = sorted((request.task, request.row, request.prompt, request.max_new_tokens) for request in requests)
-    return xxhash.xxh3_128_hexdigest(json.dumps(asked))
+    return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())

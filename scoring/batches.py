@@ -38,7 +38,9 @@ class Batch:
 Plan = list[Batch]
 
 
-def make_plan(requests: Sequence[Request], ids: Mapping[Key, list[int]], batch_size: int, limit: int) -> Plan:
+def make_plan(
+    requests: Sequence[Request], ids: Mapping[Key, list[int]], batch_size: int, limit: int, share: bool = True
+) -> Plan:
     """Batches of a task's prompts of like length, the longest first: what does not fit the memory shows at once.
 
     Args:
@@ -46,17 +48,18 @@ def make_plan(requests: Sequence[Request], ids: Mapping[Key, list[int]], batch_s
         ids: each prompt's tokens, at least one.
         batch_size: the most prompts in a batch.
         limit: tokens that longer prompts were cut to, from the left.
+        share: whether what a task's prompts begin with may be computed once.
     """
     tasks: dict[str, list[Request]] = {}
     for request in requests:
         tasks.setdefault(request.task, []).append(request)
-    return [batch for task in tasks.values() for batch in _plan_task(task, ids, batch_size, limit)]
+    return [batch for task in tasks.values() for batch in _plan_task(task, ids, batch_size, limit, share)]
 
 
-def _plan_task(requests: list[Request], ids: Mapping[Key, list[int]], batch_size: int, limit: int) -> Plan:
+def _plan_task(requests: list[Request], ids: Mapping[Key, list[int]], batch_size: int, limit: int, share: bool) -> Plan:
     # Prompts that were cut have lost the beginning that the others share.
     whole = [ids[request.key] for request in requests if len(ids[request.key]) < limit]
-    common = common_prefix(whole) if len(whole) > 1 else []
+    common = common_prefix(whole) if share and len(whole) > 1 else []
 
     def group(request: Request) -> tuple[bool, int]:
         return ids[request.key][: len(common)] == common, request.max_new_tokens

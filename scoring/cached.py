@@ -95,15 +95,19 @@ class _Layer(CacheLayerMixin):
         return self.capacity
 
 
-def attention_layers(model: Any) -> int:
-    """How many layers a model keeps keys and values for; UserError when it keeps anything else."""
+def attention_layers(model: Any) -> tuple[int, bool]:
+    """How many layers a model keeps keys and values for, and whether some of them attend in a sliding window.
+
+    Raises:
+        UserError: it keeps anything else.
+    """
     kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
     if not kinds or not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise UserError(
             f"{type(model).__name__} has layers that are no plain attention, which the transformers engine does not "
             "batch; score it with --engine vllm"
         )
-    return len(kinds)
+    return len(kinds), DynamicSlidingWindowLayer in kinds
 
 
 def last_logits(model: Any, ids_BT: Tensor, mask_BS: Tensor, cache: BatchCache | None, kept: int = 1) -> Tensor:

@@ -61,7 +61,9 @@ class Generator:
         self.settings = settings or GenerationSettings()
         self.batch_size = self.settings.batch_size or BATCH_SIZE.get(model.device.type, 16)
         self.limit = self.settings.max_seq_len or context_of(model)
-        self._layers = attention_layers(model)
+        self._layers, slides = attention_layers(model)
+        # Padding stands between a shared beginning and the rest, and a sliding window would count it.
+        self._shares = not slides
         self._ends = end_tokens(model, tokenizer, chat=self.settings.chat)
         self._end_texts = sorted({tokenizer.decode([end]) for end in self._ends}) if self.settings.chat else []
         penalty = model.generation_config.repetition_penalty or 1.0
@@ -78,7 +80,7 @@ class Generator:
 
     def plan(self, requests: Sequence[Request]) -> Plan:
         """The batches of a run."""
-        return make_plan(requests, self._encode(requests), self.batch_size, self.limit)
+        return make_plan(requests, self._encode(requests), self.batch_size, self.limit, self._shares)
 
     def generate(self, requests: Sequence[Request], keep: Keep) -> None:
         """Answer every request in planned batches, handing each answer to ``keep`` as its batch writes it."""

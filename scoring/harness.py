@@ -115,20 +115,21 @@ def answer_all(
 def request_of(instance: Instance) -> Request:
     """What a task's instance asks of an engine.
 
-    The rows of the competition's tasks stand in their documents, for a limited run draws some of all.
+    The competition's tasks name their row in their documents, for a limited run draws some of all; the harness has
+    tasks of the same names that are something else.
     """
     prompt, options = instance.args
     if options.get("do_sample") or options.get("temperature"):
         raise UserError(f"the task {instance.task_name} asks for sampling; answers here are the likeliest tokens")
-    task = TASKS.get(instance.task_name)
+    own = TASKS[instance.task_name] if instance.doc.get("task") == instance.task_name in TASKS else None
     stops = stop_strings(options)
     ends = (lambda text: any(stop in text for stop in stops)) if stops else never
     return Request(
         task=instance.task_name,
-        row=instance.doc.get("row", instance.doc_id) if task else instance.doc_id,
+        row=instance.doc["row"] if own else instance.doc_id,
         prompt=prompt,
         max_new_tokens=int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)),
-        finished=task.finished if task else ends,
+        finished=own.finished if own else ends,
     )
 
 
