@@ -10,12 +10,12 @@ What is held off, whoever starts it, root included:
   capability, a uid that owns nothing and no way to make namespaces.
 * The machine. Processes, address space, size of files, descriptors and processor time are limited
   (``child.LIMITS``), system calls that get memory past those limits are refused (``seccomp``), and a cgroup bounds
-  all of it together where one is writable. Without one, a program's processes may together hold 4 GiB for as long
-  as its time lasts. When the verdict is there or the time is over, all that it started is killed.
+  all of it together where one is writable. Without one, the three processes that a program can have may hold 1 GiB
+  each while its time lasts. When the verdict is there or the time is over, all that it started is killed.
 * A verdict without the tests. Passed means that a secret reached the watcher, after the tests returned. The secret
   is different for each program, never in a variable, a file or the environment (``child.main``), so leaving early
-  with any exit status, printing what a passing run prints, walking the frames, asking the garbage collector,
-  replacing built-ins, exit handlers and writing to every descriptor do not pass.
+  with any exit status, printing what a passing run prints, walking the frames, asking the garbage collector, tracing,
+  ctypes, replacing built-ins, exit handlers and writing to every descriptor do not pass.
 
 What is not: answer and tests share one interpreter, as they do in HumanEval's own harness. An answer that
 returns objects equal to everything, or replaces the tests while they run, passes them; so does one that brings

@@ -14,7 +14,7 @@ BEGUN = b"begun\n"
 """The first report: from here on the program's time counts."""
 
 LIMITS = {
-    resource.RLIMIT_NPROC: 4,
+    resource.RLIMIT_NPROC: 4,  # one is bubblewrap's
     resource.RLIMIT_AS: 1 << 30,
     resource.RLIMIT_FSIZE: 1 << 20,
     resource.RLIMIT_NOFILE: 64,

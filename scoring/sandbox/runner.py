@@ -67,7 +67,7 @@ class Runner:
         self._filter = None
         processes.adopt_orphans()
         if settings.binary is None:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="palmtop-")  # removed when this process ends
+            self._own_folder = tempfile.TemporaryDirectory(prefix="palmtop-bare-")  # removed when this process ends
             self._folder = self._own_folder.name
             self._command = [settings.interpreter.executable, *bubblewrap.PYTHON_OPTIONS]
             self._environment = bubblewrap.ENVIRONMENT | {"HOME": self._folder}
