@@ -73,12 +73,12 @@ def _plan_task(requests: list[Request], ids: Mapping[Key, list[int]], batch_size
     return plan
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The tokens that all rows begin with, one less than the shortest row at most; none when it is not worth it."""
     first, last = min(rows), max(rows)  # in their order, these two share the least
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     shared = min(shared, min(map(len, rows)) - 1)
-    return list(first[:shared]) if shared >= LEAST_PREFIX else []
+    return first[:shared] if shared >= LEAST_PREFIX else []
 
 
 def to_json(plan: Plan) -> list[dict[str, Any]]:

@@ -31,18 +31,19 @@ class BatchCache(Cache):
     """
 
     def __init__(self, layers: int, rows: int, capacity: int, prefix: Prefix | None = None) -> None:
-        super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
-        for layer, (keys, values) in zip(self.layers, prefix or [], strict=bool(prefix)):
+        self._own = [_Layer(capacity) for _ in range(layers)]
+        super().__init__(layers=list(self._own))
+        for layer, (keys, values) in zip(self._own, prefix or [], strict=bool(prefix)):
             layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
 
     def keep_rows(self, kept: Sequence[int]) -> None:
         """Row i is what row ``kept[i]`` was; the others are gone."""
-        for layer in self.layers:
+        for layer in self._own:
             layer.keep_rows(kept)
 
     def as_prefix(self) -> Prefix:
         """What is held for the first row."""
-        return [(layer.keys[:1, :, : layer.length], layer.values[:1, :, : layer.length]) for layer in self.layers]
+        return [layer.first_row() for layer in self._own]
 
 
 class _Layer(CacheLayerMixin):
@@ -60,24 +61,30 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the memory, of the dtype and on the device of the first tokens."""
         self.rows = key_states.shape[0]
-        self.keys, self.values = (
-            states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
-        )
+        self._keys, self._values = self._room(key_states), self._room(value_states)
         self.is_initialized = True
+
+    def _room(self, states_BKTN: Tensor) -> Tensor:
+        B, K, _, N = states_BKTN.shape
+        return states_BKTN.new_empty(B, K, self.capacity, N)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the tokens of (B, K, T, N) and return views (B, K, S, N) of all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[: self.rows, :, before : self.length] = key_states
-        self.values[: self.rows, :, before : self.length] = value_states
-        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+        self._keys[: self.rows, :, before : self.length] = key_states
+        self._values[: self.rows, :, before : self.length] = value_states
+        return self._keys[: self.rows, :, : self.length], self._values[: self.rows, :, : self.length]
+
+    def first_row(self) -> tuple[Tensor, Tensor]:
+        """Its keys and values (1, K, S, N)."""
+        return self._keys[:1, :, : self.length], self._values[:1, :, : self.length]
 
     def keep_rows(self, kept: Sequence[int]) -> None:
         """See :meth:`BatchCache.keep_rows`."""
         moved = [(new, old) for new, old in enumerate(kept) if new != old]
-        for buffer in (self.keys, self.values):
+        for buffer in (self._keys, self._values):
             for new, old in moved:
                 buffer[new, :, : self.length] = buffer[old, :, : self.length]
         self.rows = len(kept)

@@ -31,6 +31,10 @@ Pair = tuple[list[int], list[int]]
 """Tokens of a context, at least one, and those of its continuation."""
 
 
+Rows = dict[tuple[int, ...], list[tuple[int, list[int]]]]
+"""What the model is shown, each with the places of the pairs that it is for and their continuations."""
+
+
 class Likelihoods:
     """Log-likelihoods by transformers' model.
 
@@ -66,12 +70,12 @@ class Likelihoods:
 
         Continuations of one token that share their context, such as the letters of a multiple choice, share a row.
         """
-        rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        rows: Rows = {}
         for index, (context, continuation) in enumerate(pairs):
             if not continuation:  # certain
                 continue
-            ids = (context + continuation)[-(self.max_length + 1) : -1]
-            rows.setdefault(tuple(ids), []).append((index, continuation[-len(ids) :]))
+            ids = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            rows.setdefault(ids, []).append((index, continuation[-len(ids) :]))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         texts = [TEXTS] * sum(map(len, rows.values()))
         with Progress(self._console, texts) as progress, evaluating(self.model):
@@ -83,20 +87,20 @@ class Likelihoods:
                     progress.add(TEXTS, len(rows[ids]))
         return found
 
-    def _batches(self, rows: dict[tuple[int, ...], list[tuple[int, list[int]]]]) -> Iterator[list[tuple[int, ...]]]:
+    def _batches(self, rows: Rows) -> Iterator[list[tuple[int, ...]]]:
         """The rows by length, the longest first, as many at a time as fit."""
         device = self.model.device.type
         tokens, logits = BATCH_TOKENS.get(device, 2_048), LOGIT_TOKENS.get(device, 1_024)
         batch: list[tuple[int, ...]] = []
         kept = 0
         for ids in sorted(rows, key=lambda ids: (-len(ids), ids)):
-            longer = max(kept, *(len(own) for _, own in rows[ids]))
+            own = max(len(continuation) for _, continuation in rows[ids])
             size = len(batch) + 1
-            if batch and (size * len(batch[0]) > tokens or size * longer > logits):
+            if batch and (size * len(batch[0]) > tokens or size * max(kept, own) > logits):
                 yield batch
-                batch, longer = [], max(len(own) for _, own in rows[ids])
+                batch, kept = [], 0
             batch.append(ids)
-            kept = longer
+            kept = max(kept, own)
         if batch:
             yield batch
 

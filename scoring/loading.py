@@ -41,7 +41,7 @@ def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, 
     logging.disable_progress_bar()
     kind = ("float16" if where == "cuda" else "float32") if dtype == "auto" else dtype
     with _readable(f"the model in {folder}"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -50,6 +50,7 @@ def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+        model, found = loaded
         model.to(where).eval()
     lost = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if lost:  # transformers has filled them with random numbers
