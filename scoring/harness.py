@@ -1,9 +1,14 @@
 """lm-evaluation-harness's view of a model: its three questions, answered by our engines."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import tqdm
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
@@ -19,6 +24,37 @@ from scoring.requests import Engine, Key, Request, never
 
 DEFAULT_NEW_TOKENS = 256
 """lm-evaluation-harness's own, of a task that names no other."""
+
+
+def evaluate(model: LM, tasks: Any, **options: Any) -> dict[str, Any]:
+    """What lm-evaluation-harness finds of a model, without its bars, its log lines and its own intervals.
+
+    Args:
+        model: whom to ask.
+        tasks: from a TaskManager's ``load``.
+        options: of ``lm_eval.evaluator.evaluate``.
+    """
+    with _without_bars():
+        results = evaluator.evaluate(model, tasks, bootstrap_iters=0, **options)
+    assert results is not None  # it is for ranks other than 0 only
+    return dict(results)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Ours are shown in place of the harness's, which it has no option against."""
+    begin, logger = tqdm.tqdm.__init__, logging.getLogger("lm_eval")
+
+    def disabled(self: Any, *args: Any, **options: Any) -> None:
+        begin(self, *args, **(options | {"disable": True}))
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with patch.object(tqdm.tqdm, "__init__", disabled):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class FolderModel(LM):

@@ -99,11 +99,11 @@ def count_warning(task: Task, rows: int) -> str | None:
     return f"{task.name} has {rows:,} rows where published scores are over {task.rows:,}"
 
 
-def choose_rows(task: Task, count: int, limit: int | None, seed: int) -> list[int]:
-    """Which rows are scored: all, or ``limit`` drawn by the seed and the task's name; in order."""
+def choose_rows(name: str, count: int, limit: int | None, seed: int) -> list[int]:
+    """Which rows are scored: all, or ``limit`` drawn by the seed and the task's name, in order."""
     if limit is None or limit >= count:
         return list(range(count))
-    return sorted(random.Random(f"{seed} {task.name}").sample(range(count), limit))
+    return sorted(random.Random(f"{seed} {name}").sample(range(count), limit))
 
 
 def read_packed(path: Path) -> bytes:

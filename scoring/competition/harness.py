@@ -107,7 +107,7 @@ class CompetitionTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
         """Read the rows, and draw some where there is a limit."""
         asked, rows = self.config.metadata, read_rows(self.task, self._data)
-        numbers = choose_rows(self.task, len(rows), asked.get("limit"), asked.get("seed", 0))
+        numbers = choose_rows(self.task.name, len(rows), asked.get("limit"), asked.get("seed", 0))
         docs = [{"task": self.task.name, "row": number, "fields": rows[number]} for number in numbers]
         self.dataset = {self.config.test_split: datasets.Dataset.from_list(docs)}
 

@@ -47,7 +47,7 @@ def write_prompts(
     shots, lines = read_shots(data), []
     for task in (TASKS[name] for name in tasks):
         rows = read_rows(task, data)
-        for number in choose_rows(task, len(rows), limit, seed):
+        for number in choose_rows(task.name, len(rows), limit, seed):
             line = {"task": task.name, "row": number, "prompt": prompt_of(task, rows[number], shots, template)}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
