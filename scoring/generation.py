@@ -236,11 +236,14 @@ def context_of(model: Any) -> int:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """A model in eval mode and without gradients; afterwards in the mode it was in."""
+    """A model in eval mode and without gradients; afterwards in the mode it was in.
+
+    Not in inference mode: a model in training may keep a table that it makes here, and go backward through it later.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         model.train(training)

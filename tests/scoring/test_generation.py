@@ -246,6 +246,15 @@ def test_our_model_in_memory_shares_its_weights(tokenizer: Tokenizer) -> None:
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_our_model_in_training_answers_and_trains_on(tokenizer: Tokenizer, hf_tokenizer: Any) -> None:
+    model = Transformer(ModelConfig(2, 32, 2, 1, 16, 64, tokenizer.vocab_size, 512, tied=False, qk_norm=True)).train()
+    generator = Generator(in_memory(model), hf_tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(answers(generator, requests_of("t", 3))) == 3
+    assert model.training
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+
+
 def test_a_foreign_model_in_memory_is_itself() -> None:
     values = LlamaConfig(vocab_size=64, **SMALL).to_dict() | {"architectures": ["LlamaForCausalLM"]}
     model = Foreign(values)
