@@ -51,9 +51,9 @@ class _ModelFolder:
         super()._load_model(path, safe, **adapter)  # type: ignore[misc]
 
 
-class PalmtopBase(_ModelFolder, HuggingFaceBaseModel):  # type: ignore[misc]
+class PalmtopBase(_ModelFolder, HuggingFaceBaseModel):
     """A model that goes on with a text."""
 
 
-class PalmtopChat(_ModelFolder, HuggingFacewithChatTemplate):  # type: ignore[misc]
+class PalmtopChat(_ModelFolder, HuggingFacewithChatTemplate):
     """A model that answers through the chat template of its folder."""

@@ -248,6 +248,8 @@ class _Process:
         if missing == expected:
             raise UserError(f"OpenCompass made no {kind}{why}")
         self.say(f"warning: OpenCompass made no {kind} for {', '.join(sorted(missing))}{why}")
+        if kind == "results":
+            self.say(f"python -m scoring rescore {self.out / ANSWERS} scores the answers without it")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,15 +10,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import cache_folder, new_folder
 from scoring import sandbox
-from scoring.opencompass import Submission, read_summary, running, score_with_opencompass, write_submission
+from scoring.opencompass import read_summary, running, score_with_opencompass
 from scoring.opencompass.data_folder import lay_out
 from scoring.opencompass.running import find_opencompass
-from scoring.opencompass.submission import CONFIG, WRAPPER
-from scoring.opencompass.summary import DATASETS, SUBTASKS
+from scoring.opencompass.summary import SUBTASKS
+from tests.scoring.opencompass_reader import parsed
 
-PARSER = ["opencompass==0.3.1", "mmengine-lite==0.10.7", "addict==2.4.0", "yapf==0.43.0", "termcolor", "platformdirs"]
 FAKE = Path(__file__).with_name("fake_opencompass.py")
 
 
@@ -153,15 +150,6 @@ def test_an_interpreter_without_opencompass(tmp_path):
         find_opencompass(str(tmp_path / "python"))
 
 
-def test_a_chat_score_needs_a_template(micro_model, tmp_path):
-    model = shutil.copytree(micro_model, tmp_path / "model")
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
-    Submission(model, "base", 256)
-    with pytest.raises(UserError, match="no chat template"):
-        Submission(model, "chat", 256)
-
-
 def test_data_in_opencompass_own_layout_and_missing_data(data, tmp_path):
     truthfulqa = lay_out(data, tmp_path / "first")
     row = json.loads(truthfulqa.read_text())
@@ -227,73 +215,6 @@ def test_no_summary(tmp_path, text):
         read_summary(tmp_path / "summary.csv")
 
 
-def parser_packages() -> Path:
-    """OpenCompass's wheel and what reads its configurations, from the package index; without the rest of its needs."""
-    folder = cache_folder() / "opencompass-parser"
-    if not folder.exists():
-        with new_folder(folder) as temporary:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
-            subprocess.run([*pip, *PARSER, "setuptools<81"], check=True, timeout=300, capture_output=True)
-    return folder
-
-
-PARSE = """
-import json, sys
-sys.builtin_module_names += ("os",)  # as run_opencompass.py does
-from mmengine.config import Config
-Config.fromfile(sys.argv[1], format_python_code=False).dump(sys.argv[1] + ".plain.py")
-config = Config.fromfile(sys.argv[1] + ".plain.py", format_python_code=False).to_dict()
-for dataset in config["datasets"]:
-    dataset["max_out_len"] = dataset["infer_cfg"]["inferencer"].get("max_out_len")
-print(json.dumps(config))
-"""
-
-
-def parsed(config: Path) -> dict:
-    """A configuration as the real reader of OpenCompass sees it."""
-    try:
-        packages = parser_packages()
-    except subprocess.SubprocessError:
-        pytest.skip(f"needs a package index that has {', '.join(PARSER)}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PARSE, config.name],
-        cwd=config.parent,
-        env=os.environ | {"PYTHONPATH": f"{packages}{os.pathsep}{config.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_the_configuration_read_by_opencompass_own_reader(micro_model, tmp_path):
-    write_submission(Submission(micro_model, "chat", 1024, max_seq_len=512, gpus=2), tmp_path)
-    config = parsed(tmp_path / CONFIG)
-    lengths = {dataset["abbr"]: dataset["max_out_len"] for dataset in config["datasets"]}
-    assert set(lengths) == DATASETS
-    assert len(lengths) == 27 + 5
-    assert list(lengths)[-1] == "truthful_qa"
-    open_ended = {name for name, length in lengths.items() if length is None}
-    assert open_ended == {"commonsense_qa", "chid-test", "truthful_qa"}
-    assert {length for name, length in lengths.items() if name not in open_ended} == {512}
-    (model,) = config["models"]
-    assert (tmp_path / model["path"]).resolve() == micro_model.resolve()
-    del model["path"]
-    assert model == {
-        "type": "palmtop_model.PalmtopChat",
-        "abbr": micro_model.name,
-        "model_kwargs": {"torch_dtype": "torch.float16", "device_map": "auto"},
-        "max_seq_len": 512,
-        "max_out_len": 1024,
-        "batch_size": 8,
-        "run_cfg": {"num_gpus": 1},
-    }
-    (group,) = config["summarizer"]["summary_groups"]
-    assert group["name"] == "bbh"
-    assert set(group["subsets"]) <= set(lengths)
-
-
 def test_this_machines_variant_read_by_opencompass_own_reader(micro_model, tmp_path, python, data):
     scores_of(micro_model, tmp_path / "out", python, data)
     to_answer, to_judge = (parsed(tmp_path / "out" / name)["datasets"] for name in ("to_answer.py", "to_judge.py"))
@@ -301,55 +222,3 @@ def test_this_machines_variant_read_by_opencompass_own_reader(micro_model, tmp_p
     assert "openai_humaneval" not in {dataset["abbr"] for dataset in to_judge}
     assert to_judge[-1]["path"] == "json"
     assert (tmp_path / "out" / to_judge[-1]["data_files"]["validation"]).exists()
-
-
-def test_rotary_settings_that_an_older_transformers_would_not_see(micro_model, tmp_path):
-    model = shutil.copytree(micro_model, tmp_path / "model")
-    values = json.loads((model / "config.json").read_text())
-    del values["rope_theta"]
-    values["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
-    values.pop("rope_scaling", None)
-    (model / "config.json").write_text(json.dumps(values))
-    write_submission(Submission(model, "base", 256, gpus=0), tmp_path / "out")
-    text = (tmp_path / "out" / CONFIG).read_text()
-    assert "'rope_theta': 500000.0, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}}" in text
-    assert "'torch_dtype': 'torch.float', 'device_map': 'cpu'" in text
-
-
-def test_the_wrapper_reads_a_tokenizer_that_transformers_5_wrote(micro_model, tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
-
-    calls = []
-
-    class Theirs:
-        def _load_tokenizer(self, *arguments):
-            calls.append(arguments)
-
-        def _load_model(self, path, kwargs, **adapter):
-            calls.append((path, kwargs))
-
-    models = type(sys)("opencompass.models")
-    models.HuggingFaceBaseModel = models.HuggingFacewithChatTemplate = Theirs
-    monkeypatch.setitem(sys.modules, "opencompass", type(sys)("opencompass"))
-    monkeypatch.setitem(sys.modules, "opencompass.models", models)
-    write_submission(Submission(micro_model, "chat", 256), tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, Path(WRAPPER).stem, raising=False)
-    from palmtop_model import PalmtopChat
-
-    wrapped = PalmtopChat()
-    wrapped._load_tokenizer(str(micro_model), {})
-    ours, theirs = wrapped.tokenizer, AutoTokenizer.from_pretrained(micro_model)
-    messages = [{"role": "user", "content": "the of and"}]
-    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
-    assert ours("the of <|user|>")["input_ids"] == theirs("the of <|user|>")["input_ids"]
-    assert ours(["the", "the of and to"], padding=True)["attention_mask"][0][0] == 0
-    assert ours("a b c d", truncation=True, max_length=1)["input_ids"] == ours("a b c d")["input_ids"][-1:]
-    assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
-    assert not calls
-    other = shutil.copytree(micro_model, tmp_path / "other")
-    (other / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    wrapped._load_tokenizer(str(other), {})
-    wrapped._load_model(str(other), {"torch_dtype": "auto"})
-    assert calls[0] == (str(other), {"trust_remote_code": False}, None)
-    assert calls[1][1] == {"trust_remote_code": False, "use_safetensors": True, "torch_dtype": "auto"}
