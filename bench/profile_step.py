@@ -138,7 +138,9 @@ def main() -> None:
     kinds = Counter[str]()
     for name, seconds in totals.items():
         kinds[kind_of(name)] += seconds
-    print(f"\nstep {1e3 * wall:.2f} ms, {tokens / wall:,.0f} tokens/s; floor {1e3 * floor:.2f} ms ({floor / wall:.0%})\n")
+    print(
+        f"\nstep {1e3 * wall:.2f} ms, {tokens / wall:,.0f} tokens/s; floor {1e3 * floor:.2f} ms ({floor / wall:.0%})\n"
+    )
     for kind, seconds in kinds.most_common():
         show(kind, seconds, wall)
     show("gaps", max(0.0, wall - at_work), wall)
