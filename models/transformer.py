@@ -259,7 +259,9 @@ def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor | BlockMas
 def attend(q_BHTN: Tensor, k_BKTN: Tensor, v_BKTN: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(N): causal without a mask, else what the mask lets through."""
     if isinstance(mask, BlockMask):
-        flex = _flex_attention(q_BHTN.device.type)
+        # Uncompiled, flex attention builds the whole score matrix: on a GPU it is only used compiled.
+        alone = q_BHTN.device.type == "cuda" and not torch.compiler.is_compiling()
+        flex: Any = _compiled_flex_attention() if alone else flex_attention
         return cast(Tensor, flex(q_BHTN, k_BKTN, v_BKTN, block_mask=mask, enable_gqa=True))
     return F.scaled_dot_product_attention(
         q_BHTN, k_BKTN, v_BKTN, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -267,9 +269,8 @@ def attend(q_BHTN: Tensor, k_BKTN: Tensor, v_BKTN: Tensor, mask: Tensor | BlockM
 
 
 @cache
-def _flex_attention(device_type: str) -> Any:
-    # Uncompiled, flex attention builds the whole score matrix; on a GPU it is only used compiled.
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @cache

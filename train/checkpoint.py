@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
@@ -88,14 +87,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self._keep, self._keep_for_good = folder, keep, keep_for_good
         self._job = job or Job()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=torch.cuda.is_available(),
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=torch.cuda.is_available(),
-            )
-        )
+        self._host = HostMemory()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -126,8 +118,7 @@ class Checkpoints:
         if wait:
             self._write(path, step, tensors, state, config)
         else:
-            copy = cast(dict[str, Tensor], self._stager.stage(tensors))
-            self._writing = self._writer.submit(self._write, path, step, copy, state, config)
+            self._writing = self._writer.submit(self._write, path, step, self._host.copy(tensors), state, config)
         return path
 
     def wait(self) -> None:
@@ -223,6 +214,31 @@ class Checkpoints:
                 shutil.rmtree(condemned, ignore_errors=True)
                 (self.folder / f"step-{step:07d}").rename(condemned)
                 shutil.rmtree(condemned, ignore_errors=True)
+
+
+class HostMemory:
+    """Holds a copy of tensors; its memory is kept from one copy to the next, for pinning it costs more than a copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory, DTensors as such; good until the next call."""
+        copies = {name: self._take(name, tensor) for name, tensor in tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _take(self, name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            # Not DTensor.from_local: that would move the copy to the mesh's device.
+            return DTensor(self._take(name, tensor.to_local()), tensor._spec, requires_grad=False)
+        held = self._held.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._held[name] = held
+        return held.copy_(tensor, non_blocking=True)
 
 
 def steps_in(folder: Path) -> list[int]:

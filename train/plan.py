@@ -30,8 +30,9 @@ ASSUMED_MFU = 0.40
 50% on 8 H100s (llm-foundry's benchmarking tables, nanotron, nanochat) and more on A100s; deep and thin shapes
 and anything below 60M parameters will lie lower."""
 
-MEASURED_MFU: dict[tuple[str, str], float] = {}
-"""MFU by (GPU, size) that bench/ measured, which counts instead of the assumption. Nothing has been measured yet."""
+MEASURED_MFU = {("h200", "125m"): 0.419, ("h200", "c4-130m"): 0.480, ("h200", "c4-1b"): 0.535}
+"""MFU by (GPU, size) that bench/train_gpu.py and bench/profile_step.py measured on one device in rows of 2,048 tokens,
+which counts instead of the assumption (docs/log.md)."""
 
 DEEPSPEED_BUCKET = 200_000_000
 """Values in DeepSpeed's buckets for communication, Lightning's default."""

@@ -181,19 +181,19 @@ def lines_at(share: float, gpu: str, size: str = "c4-130m") -> list[Line]:
 
 
 def test_mfu_ratio_and_bar() -> None:
-    ours, documents, theirs, *_ = lines_at(0.41, "h100-80g")
-    assert (ours.mfu, ours.to_transformers, theirs.mfu) == pytest.approx((0.41, 4, 0.1025))
-    assert (ours.bar, ours.met) == (0.40, True)
+    ours, documents, theirs, *_ = lines_at(0.46, "h100-80g")
+    assert (ours.mfu, ours.to_transformers, theirs.mfu) == pytest.approx((0.46, 4, 0.115))
+    assert (ours.bar, ours.met) == (0.45, True)
     assert (documents.bar, theirs.bar) == (None, None)
-    assert lines_at(0.39, "h100-80g")[0].met is False
-    assert lines_at(0.44, "h100-80g", "c4-1b")[0].met is False
-    assert lines_at(0.44, "h100-80g", "1b")[0].bar is None
+    assert lines_at(0.44, "h100-80g")[0].met is False
+    assert lines_at(0.49, "h100-80g", "c4-1b")[0].met is False
+    assert lines_at(0.49, "h100-80g", "1b")[0].bar is None
 
 
 def test_the_bar_is_one_h100s() -> None:
     [ours, *_] = lines_at(0.1, "a100-80g")
     assert ours.mfu == pytest.approx(0.1 * 989 / 312)
-    assert (ours.bar, ours.met) == (0.40, None)
+    assert (ours.bar, ours.met) == (0.45, None)
 
 
 def test_documents_fill_the_row() -> None:
