@@ -34,7 +34,7 @@ WARM_UP = 3
 
 KINDS = {
     "attention": r"flash|fmha|sdpa|flex|attention",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_.*_mm_|mkldnn|aten::(mm|addmm|bmm|_scaled_mm|linear)$",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|triton_.*_mm_|mkldnn|aten::(mm|addmm|bmm|linear)$",
     "loss": r"logsumexp|log_softmax|scatter|gather|nll",
     "optimiser and clipping": r"adam|multi_tensor_apply|foreach|lpnorm|linalg_vector_norm",
     "copies": r"memcpy|memset|aten::(copy_|to|_to_copy|fill_|zero_)$|direct_copy|CatArray",
