@@ -33,7 +33,7 @@ def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, 
         UserError: it is no model folder, its weights are no safetensors or do not fit its ``config.json``, it has no
             tokenizer or one without an end token, or the device is not there.
     """
-    _check_files(folder)
+    check_folder(folder)
     where = _device(device)
     tokenizer = load_tokenizer(folder)
     from transformers import AutoModelForCausalLM, logging
@@ -109,7 +109,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_files(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise a UserError that says so where a folder is no model folder with weights that are safe to read."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     if not (folder / "config.json").is_file():

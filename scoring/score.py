@@ -16,7 +16,7 @@ from scoring import sample, sandbox
 from scoring.answers import Answers
 from scoring.competition import GROUPS, TASKS, Row, Scored, group_score, score_outputs, task_extras, task_score
 from scoring.competition.data import count_warning
-from scoring.loading import fingerprint, load, load_tokenizer
+from scoring.loading import check_folder, fingerprint, load, load_tokenizer
 from scoring.requests import Engine
 from scoring.results import Score, TaskResult, interval, means
 from scoring.settings import ScoreSettings, fine_tuned, out_folder, words
@@ -37,10 +37,10 @@ def score(folder: Path, settings: ScoreSettings, console: Console | None = None)
         UserError: the folder, the data, the engine or kept answers are not fit for it; finished answers are kept.
     """
     console = console or Console(rank=1)
-    out = out_folder(folder, settings)
+    check_folder(folder)
+    form, out = choose_form(folder, settings.form), out_folder(folder, settings)
     with exclusive(out, f"the scores in {out}"):
-        run = _Scoring(folder, settings, out, console)
-        found = run.run()
+        found = _Scoring(folder, settings, form, out, console).run()
         found.write(out)
     return found
 
@@ -48,13 +48,11 @@ def score(folder: Path, settings: ScoreSettings, console: Console | None = None)
 class _Scoring:
     """One run: the model is loaded when it is first needed, and once."""
 
-    def __init__(self, folder: Path, settings: ScoreSettings, out: Path, console: Console) -> None:
-        self.folder, self.settings, self.out, self.console = folder, settings, out, console
-        load_tokenizer(folder)  # before any data is fetched, say that it is no model folder
-        self.form = choose_form(folder, settings.form)
+    def __init__(self, folder: Path, settings: ScoreSettings, form: str, out: Path, console: Console) -> None:
+        self.folder, self.settings, self.form, self.out, self.console = folder, settings, form, out, console
         marks = ["sample of a few items, written for trying the path out: no benchmark"] * ("sample" in settings.suites)
         marks += [f"limit {settings.limit} rows a task, seed {settings.seed}"] * (settings.limit is not None)
-        asked = to_dict(settings) | {"form": self.form, "weights": self._fingerprint, "git": git_commit()}
+        asked = to_dict(settings) | {"form": form, "weights": self._fingerprint, "git": git_commit()}
         self.found = Score(str(folder), marks, asked)
 
     def run(self) -> Score:

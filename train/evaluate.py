@@ -157,12 +157,20 @@ def write_on(
 class Evaluator:
     """What the loop calls to evaluate.
 
-    Reads the held-out text when it is made, so that a lack of it shows before the training starts.
+    Reads the held-out text when it is made, so that a lack of it shows before the training starts. ``scores`` may add
+    figures after a step.
     """
 
     def __init__(
-        self, stage: Stage, settings: TrainSettings, corpus: Corpus, tokenizer: Tokenizer, model: nn.Module
+        self,
+        stage: Stage,
+        settings: TrainSettings,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        model: nn.Module,
+        scores: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
+        self._scores = scores
         self._stage, self._settings, self._corpus = stage, settings.eval, corpus
         self._tokenizer, self._model, self._seed = tokenizer, model, settings.seed
         assert settings.seq_len is not None
@@ -179,7 +187,7 @@ class Evaluator:
         stage.run.log_samples({"step": step, "prompt": prompt, "text": text} for prompt, text in samples.items())
         for prompt, text in list(samples.items())[:1]:
             stage.console.say(f"  {prompt}{text}".replace("\n", " "))
-        return figures
+        return figures | self._scores(step)
 
     def _continuations(self) -> dict[str, str]:
         """Each beginning and what the model writes after it, sampled at temperature 0.8."""

@@ -30,6 +30,7 @@ from train.launch import Place, cores_here
 from train.model_folder import data_seen, generation_config, own_data
 from train.optimizer import make_optimizers
 from train.resume import Origin, adopt_stored, stored_shape
+from train.scores import LoopScores
 from train.settings import TrainSettings, model_config, resolve, run_name, run_path
 from train.stage import Stage, known, open_stage
 
@@ -111,7 +112,7 @@ def _pretrain(stage: Stage) -> signal.Signals | None:
     seq_len = known(settings.seq_len)
     workers = _workers(settings, corpus, stage.device, job.world_size)
     order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
-    evaluate = Evaluator(stage, settings, corpus, tokenizer, engine.model)
+    evaluate = Evaluator(stage, settings, corpus, tokenizer, engine.model, *_scores(stage, tokenizer, engine.raw))
     state = stage.state.get("loader")
     loader = Loader(order, workers=workers, rank=job.rank, world_size=job.world_size, state=state)
 
@@ -137,6 +138,19 @@ def _pretrain(stage: Stage) -> signal.Signals | None:
         },
         flops_per_token=budget.flops_per_token(config, seq_len),
     )
+
+
+def _scores(stage: Stage, tokenizer: Tokenizer, model: nn.Module) -> list[LoopScores]:
+    """What scores in the loop, where that is asked for."""
+    settings = stage.settings
+    assert isinstance(settings, TrainSettings)
+    if settings.eval.scores is None:
+        return []
+    batch, every, tokens = known(settings.batch_tokens), known(settings.eval.every), known(settings.tokens)
+    scores = LoopScores(
+        settings.eval.scores, stage, tokenizer, model, batch_tokens=batch, evaluate_every=every, tokens=tokens
+    )
+    return [scores]
 
 
 def _data_seen(stage: Stage, corpus: Corpus) -> list[dict[str, Any]]:

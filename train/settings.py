@@ -8,7 +8,9 @@ import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+from jsonargparse.typing import register_type
 
 from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
@@ -16,6 +18,7 @@ from data.settings import LoaderSettings, Mix
 from models import budget
 from models.hf_config import read_config
 from models.sizes import ModelConfig, adapt, size
+from scoring.quick import TASKS as QUICK
 from train.plan import check_micro_batch, share_of_rows
 from train.slurm import Request
 
@@ -87,6 +90,42 @@ class ScheduleSettings:
     """Rate at the end, relative to the peak. Default: 0 (wsd), 0.1 (cosine)."""
 
 
+class ScoreInLoop:
+    """What to score while training: ``quick@every=1e8``, ``hellaswag+piqa@every=50M,limit=200,data=DIR``."""
+
+    def __init__(self, named: str, every: int, limit: int | None, data: str | None) -> None:
+        self.named, self.every, self.limit, self.data = named, every, limit, data
+
+    @property
+    def tasks(self) -> list[str]:
+        """The quick tasks that are meant."""
+        return list(QUICK) if self.named == "quick" else self.named.split("+")
+
+    @classmethod
+    def parse(cls, value: Any) -> "ScoreInLoop":
+        """Read it; ValueError says what is wrong."""
+        named, _, rest = str(value).strip().partition("@")
+        options = dict(word.partition("=")[::2] for word in rest.split(",") if word)
+        unknown = sorted(options.keys() - {"every", "limit", "data"})
+        if unknown or "every" not in options:
+            raise ValueError(f"{str(value)!r} is not like quick@every=1e8 (also limit=ROWS, data=DIR)")
+        every, limit = Count.parse(options["every"]), options.get("limit")
+        if not every or (limit is not None and not Count.parse(limit)):
+            raise ValueError(f"every and limit must be at least 1 in {str(value)!r}")
+        asked = cls(named, every, None if limit is None else Count.parse(limit), options.get("data"))
+        strangers = [name for name in asked.tasks if name not in QUICK]
+        if strangers:
+            raise ValueError(f"{strangers[0]!r} is neither quick nor one of {', '.join(QUICK)}")
+        return asked
+
+    def __str__(self) -> str:
+        options = {"every": self.every, "limit": self.limit, "data": self.data}
+        return f"{self.named}@" + ",".join(f"{name}={value}" for name, value in options.items() if value is not None)
+
+
+register_type(ScoreInLoop, serializer=str, deserializer=ScoreInLoop.parse)
+
+
 @dataclass
 class EvalSettings:
     """Validation and sample continuations while training."""
@@ -102,6 +141,9 @@ class EvalSettings:
     """Beginnings that the model continues at every evaluation."""
     continuation: int = field(default=48, metadata=MAY_CHANGE)
     """Tokens of each continuation; 0: none."""
+    scores: ScoreInLoop | None = field(default=None, metadata=MAY_CHANGE)
+    """Score likelihood tasks too, at the first evaluation after every so many tokens: quick@every=1e8, or some with
+    hellaswag+piqa@every=50M,limit=200,data=DIR. Rows come from the hub unless data names a folder."""
 
 
 @dataclass
@@ -316,6 +358,8 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         eval=replace(settings.eval, every=every, tokens=held_out),
     )
     resolved = resolve_run(resolved, world)
+    if resolved.eval.scores is not None and settings.strategy.startswith("deepspeed-3"):
+        raise UserError(f"--eval.scores needs whole weights, which --strategy {settings.strategy} has not; use fsdp")
     check_streams(settings.loader, world)
     return resolved
 
