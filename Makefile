@@ -33,6 +33,7 @@ demo: .venv/ready
 		first, *_, last = map(json.loads, open(sys.argv[1], encoding="utf-8")); \
 		print("asked: ", first["prompt"], "\nbefore:", first["text"], "\nafter: ", last["text"])' \
 		$(DEMO_RUN)-sft/samples.jsonl
+	$(RUN) -m scoring $(DEMO_RUN)-sft/model --suite sample --max-out-len 64
 	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)-sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,

@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,7 @@ def busy(spans: Iterable[Span]) -> float:
     return total
 
 
-def profile_steps(setting: Setting, steps: int) -> tuple[float, Counter[str], float]:
+def profile_steps(setting: Setting, steps: int) -> tuple[float, dict[str, float], float]:
     """Wall seconds, seconds by kernel or operator and seconds in which the device was busy, a step each."""
     variant = Variant("ours", make_ours)
     trainee = make_ours(setting, Transformer(setting.config).state_dict())
@@ -87,17 +87,22 @@ def profile_steps(setting: Setting, steps: int) -> tuple[float, Counter[str], fl
             step()
         wait_for(setting.device)
     if not cuda:
-        totals = Counter({event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()})
-        return wall, totals, sum(totals.values())
+        operators = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiler.key_averages()}
+        return wall, operators, sum(operators.values())
     spans = [
         Span(event.name(), event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9)
         for event in profiler.profiler.kineto_results.events()
         if "CUDA" in str(event.device_type())
     ]
-    totals = Counter[str]()
+    kernels: dict[str, float] = defaultdict(float)
     for span in spans:
-        totals[span.name] += (span.end - span.start) / steps
-    return wall, totals, busy(spans) / steps
+        kernels[span.name] += (span.end - span.start) / steps
+    return wall, kernels, busy(spans) / steps
+
+
+def longest(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    """Names and times, in falling order."""
+    return sorted(seconds.items(), key=lambda pair: -pair[1])
 
 
 def show(name: str, seconds: float, wall: float) -> None:
@@ -135,17 +140,17 @@ def main() -> None:
     print(machine(args.device))
     print(f"{args.size}, {setting.fit.micro_rows} rows of {setting.seq_len} tokens, {args.precision}, {args.optimizer}")
     wall, totals, at_work = profile_steps(setting, args.steps)
-    kinds = Counter[str]()
+    kinds: dict[str, float] = defaultdict(float)
     for name, seconds in totals.items():
         kinds[kind_of(name)] += seconds
     print(
         f"\nstep {1e3 * wall:.2f} ms, {tokens / wall:,.0f} tokens/s; floor {1e3 * floor:.2f} ms ({floor / wall:.0%})\n"
     )
-    for kind, seconds in kinds.most_common():
+    for kind, seconds in longest(kinds):
         show(kind, seconds, wall)
     show("gaps", max(0.0, wall - at_work), wall)
     print()
-    for name, seconds in totals.most_common(args.top):
+    for name, seconds in longest(totals)[: args.top]:
         show(f"{kind_of(name)}: {name}", seconds, wall)
 
 

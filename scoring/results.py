@@ -67,7 +67,7 @@ class Score:
 
     model: str
     marks: list[str]
-    """What keeps the scores from being compared with full ones: a sample, a limit. Shown wherever they are."""
+    """What keeps the scores from being compared with full ones, ``sample: …``, ``limit: …``; shown wherever they are."""
     asked: dict[str, Any]
     """The settings, engine and versions that they were made with."""
     competition: list[TaskResult] = field(default_factory=list)
@@ -88,7 +88,12 @@ class Score:
     @property
     def csv_name(self) -> str:
         """``Results.csv``, which only full scores are called."""
-        return "-".join(["Results", *(mark.partition(" ")[0] for mark in self.marks)]) + ".csv"
+        return "-".join(["Results", *self._short_marks]) + ".csv"
+
+    @property
+    def _short_marks(self) -> list[str]:
+        """The marks' first words."""
+        return [mark.partition(":")[0] for mark in self.marks]
 
     def csv(self) -> str:
         """The starting kit's table: a heading and a line, empty where nothing was measured."""
@@ -110,7 +115,7 @@ class Score:
 
     def rows(self) -> dict[str, str]:
         """What is shown, in two columns."""
-        mark = f"  ({', '.join(self.marks)})" if self.marks else ""
+        mark = f"  ({', '.join(self._short_marks)})" if self.marks else ""
         rows = {result.name: _shown(result) + mark for result in self.competition}
         if self.means is not None:
             rows["geometric mean"] = f"{self.means.geometric:.2f}{mark}"

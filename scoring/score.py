@@ -50,8 +50,8 @@ class _Scoring:
 
     def __init__(self, folder: Path, settings: ScoreSettings, form: str, out: Path, console: Console) -> None:
         self.folder, self.settings, self.form, self.out, self.console = folder, settings, form, out, console
-        marks = ["sample of a few items, written for trying the path out: no benchmark"] * ("sample" in settings.suites)
-        marks += [f"limit {settings.limit} rows a task, seed {settings.seed}"] * (settings.limit is not None)
+        marks = ["sample: a few items, written for trying the path out, no benchmark"] * ("sample" in settings.suites)
+        marks += [f"limit: {settings.limit} rows a task, seed {settings.seed}"] * (settings.limit is not None)
         asked = to_dict(settings) | {"form": form, "weights": self._fingerprint, "git": git_commit()}
         self.found = Score(str(folder), marks, asked)
 

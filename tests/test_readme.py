@@ -13,6 +13,7 @@ from models.budget import parameters, phone_bytes
 from models.sizes import SIZES
 from tests.conftest import ROOT, make_text, run_command, write_corpus
 from tests.data.fake_hub import C4_CARD, FakeHub
+from tests.scoring.eval_folder import write_eval
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -51,6 +52,7 @@ SMALLER = {
     "--plan": "",
     "consolidate": "",
     "--slurm": "--size tiny --batch-tokens 2048 --seq-len 32",
+    "-m scoring runs/chat/model --data eval --limit 50": "--max-out-len 2 --max-seq-len 32 --speed false --device cpu",
     "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
     "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
     "sft chat": "--device cpu --max-tokens 4",
@@ -60,6 +62,9 @@ SMALLER = {
     "-m sft": "--tokens 1024 --batch-tokens 512 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
     "data tokenizer": "--vocab 512",
     "data prepare": "--workers 1",
+    "scoring prompts": "",
+    "scoring rescore": "",
+    "-m scoring": "--max-out-len 2 --max-seq-len 32 --limit 1 --text-tokens 200 --speed false --device cpu",
 }
 """What makes a command of README small enough for a test: the same command, less of it."""
 
@@ -97,6 +102,7 @@ def write_alpacas(folder: Path, rng: random.Random) -> dict[str, dict[str, bytes
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [[make_text(rng, 60) for _ in range(300)] for _ in range(2)]
+    write_eval(tmp_path / "eval")
     write_corpus(tmp_path / "my-corpus", texts, ["validation text"] * 5)
     files = {f"en/{path.name}": path.read_bytes() for path in (tmp_path / "my-corpus" / "en").iterdir()}
     chinese = {
@@ -134,3 +140,4 @@ def test_make_demo_trains_and_answers(tmp_path: Path) -> None:
     assert losses
     assert "validation: loss" in done.stdout
     assert re.search(r"asked:  .*\? \nbefore: .*\nafter:  ", done.stdout)
+    assert re.search(r"geometric mean +\d+\.\d\d +\(sample\)", done.stdout)

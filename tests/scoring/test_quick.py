@@ -18,6 +18,7 @@ from scoring.quick import TASKS
 from scoring.quick.forms import arc
 from scoring.quick.harness import load
 from scoring.quick.rows import other_count, read_rows
+from tests.scoring.eval_folder import write_quick
 
 THEIRS = {
     "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag_validation", "validation"),
@@ -113,24 +114,7 @@ class Oracle(LM):
 
 
 def test_the_evaluator_gives_full_marks_to_the_right_answers_and_none_to_wrong_ones(tmp_path: Path) -> None:
-    choices = {"text": ["ice", "steam", "sand"], "label": ["A", "B", "C"]}
-    arc = {"question": "What does water become when it freezes?", "choices": choices}
-    sentence = "The jug did not fit into the basket because the _ was too wide."
-    rows = {
-        "arc_easy": arc | {"answerKey": "A"},
-        "arc_challenge": arc | {"answerKey": "C"},
-        "openbookqa": {"question_stem": "Water that freezes becomes", "choices": choices, "answerKey": "A"},
-        "boolq": {"passage": "Ice floats on water.", "question": "does ice float", "answer": True},
-        "piqa": {"goal": "Keep bread fresh.", "sol1": "Wrap it.", "sol2": "Wet it.", "label": 0},
-        "winogrande": {"sentence": sentence, "option1": "jug", "option2": "basket", "answer": "1"},
-        "hellaswag": {
-            "activity_label": "Baking", "ctx_a": "A woman opens an oven.", "ctx_b": "she", "label": "1",
-            "endings": ["[title] flies.", "takes out a loaf.", "swims.", "reads it."],
-        },
-        "lambada": {"text": "He put the letter into the envelope and licked the stamp"},
-    }  # fmt: skip
-    for name, row in rows.items():
-        write_rows(tmp_path / "extra" / TASKS[name].file, [row])
+    write_quick(tmp_path / "extra")
     question = "Question: What does water become when it freezes?\nAnswer:"
     likely = {
         (question, " ice"),

@@ -54,11 +54,11 @@ def test_the_starting_kits_table(tmp_path: Path) -> None:
 
 def test_a_marked_score_is_marked_wherever_it_is_shown(tmp_path: Path) -> None:
     found = full_score()
-    found.marks, found.means = ["sample of a few items", "limit 8 rows a task"], means([10.0] * 6)
+    found.marks, found.means = ["sample: a few items", "limit: 8 rows a task"], means([10.0] * 6)
     found.write(tmp_path)
     assert [path.name for path in tmp_path.glob("*.csv")] == ["Results-sample-limit.csv"]
     shown = found.rows()
-    assert all("sample" in shown[name] and "limit 8" in shown[name] for name in (*SIX, "geometric mean"))
+    assert all("(sample, limit)" in shown[name] for name in (*SIX, "geometric mean"))
 
 
 def test_what_was_not_run_is_blank_and_has_no_mean() -> None:
