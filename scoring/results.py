@@ -67,7 +67,7 @@ class Score:
 
     model: str
     marks: list[str]
-    """What keeps the scores from being compared with full ones, ``sample: …``, ``limit: …``; shown wherever they are."""
+    """What keeps the scores from comparison with full ones, ``sample: …``, ``limit: …``; shown wherever they are."""
     asked: dict[str, Any]
     """The settings, engine and versions that they were made with."""
     competition: list[TaskResult] = field(default_factory=list)

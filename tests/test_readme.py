@@ -64,7 +64,7 @@ SMALLER = {
     "data prepare": "--workers 1",
     "scoring prompts": "",
     "scoring rescore": "",
-    "-m scoring": "--max-out-len 2 --max-seq-len 32 --limit 1 --text-tokens 200 --speed false --device cpu",
+    "-m scoring": "--data eval --max-out-len 2 --max-seq-len 32 --limit 1 --text-tokens 200 --speed false --device cpu",
 }
 """What makes a command of README small enough for a test: the same command, less of it."""
 
