@@ -52,7 +52,7 @@ SMALLER = {
     "--plan": "",
     "consolidate": "",
     "--slurm": "--size tiny --batch-tokens 2048 --seq-len 32",
-    "-m scoring runs/chat/model --data eval --limit 50": "--max-out-len 2 --max-seq-len 32 --speed false --device cpu",
+    "eval --limit 50": "--only chid --out runs/chat/scores/competition-limit50 --max-out-len 2 --speed false",
     "train.py": "--size tiny --model.vocab 512 --tokenizer my-tokenizer --tokens 512 --batch-tokens 256 --seq-len 32 "
     "--eval.tokens 200 --eval.continuation 2 --loader.streams 16 --device cpu --log.tensorboard false",
     "sft chat": "--device cpu --max-tokens 4",
@@ -64,7 +64,8 @@ SMALLER = {
     "data prepare": "--workers 1",
     "scoring prompts": "",
     "scoring rescore": "",
-    "-m scoring": "--data eval --max-out-len 2 --max-seq-len 32 --limit 1 --text-tokens 200 --speed false --device cpu",
+    "--suite quick": "--limit 1 --text-tokens 200 --max-seq-len 64 --device cpu",
+    "-m scoring": "--data eval --only chid --max-out-len 2 --limit 1 --speed false --device cpu",
 }
 """What makes a command of README small enough for a test: the same command, less of it."""
 
