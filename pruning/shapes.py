@@ -49,9 +49,8 @@ class Rules:
 
     gated: bool
     """Three matrices in the feed-forward half (gate, up, down); otherwise two (fc1, fc2)."""
-    biases: tuple[bool | str, bool | str, bool | str]
-    """Of the projections to queries, keys and values; of attention's output; of the feed-forward matrices: always,
-    never, or as the setting of ``config.json`` says."""
+    heads: Literal["any", "divisors", "kept"]
+    """Any number of query heads, one that divides D, or the number that there is."""
     norms: int
     """Norms of width D in a layer."""
     layer_norm: bool
@@ -60,19 +59,22 @@ class Rules:
     """Queries and keys have norms of width N."""
     head_bias: bool
     """The output matrix has a bias of width V."""
-    heads: Literal["any", "divisors", "kept"]
-    """Any number of query heads, one that divides D, or the number that there is."""
+    biases: tuple[bool | str, bool | str, bool | str]
+    """Of the projections to queries, keys and values; of attention's output; of the feed-forward matrices: always,
+    never, or as the setting of ``config.json`` says."""
 
+
+_ATTENTION, _MLP = "attention_bias", "mlp_bias"
 
 # fmt: off
 RULES: dict[str, Rules] = {
     # Layers, feed-forward units and vocabulary are free in all of them. transformers refuses a Llama whose H does not
     # divide D, though its head_dim is explicit, and so does MLC-LLM; MLC-LLM takes N = D / H in Qwen2 and Phi.
-    #                              gated  biases: qkv, out, feed-forward                norms        qk-norm head's  heads
-    "LlamaForCausalLM": Rules(True,  ("attention_bias", "attention_bias", "mlp_bias"), 2, False, False, False, "divisors"),
-    "Qwen2ForCausalLM": Rules(True,  (True, False, False),                             2, False, False, False, "kept"),
-    "Qwen3ForCausalLM": Rules(True,  ("attention_bias", "attention_bias", False),      2, False, True,  False, "any"),
-    "PhiForCausalLM":   Rules(False, (True, True, True),                               1, True,  False, True,  "kept"),
+    #                         gated  heads       norms LayerNorm  qk-norm head's biases: qkv, out, feed-forward
+    "LlamaForCausalLM": Rules(True,  "divisors", 2,    False,     False,  False, (_ATTENTION, _ATTENTION, _MLP)),
+    "Qwen2ForCausalLM": Rules(True,  "kept",     2,    False,     False,  False, (True, False, False)),
+    "Qwen3ForCausalLM": Rules(True,  "any",      2,    False,     True,   False, (_ATTENTION, _ATTENTION, False)),
+    "PhiForCausalLM":   Rules(False, "kept",     1,    True,      False,  True,  (True, True, True)),
 }
 # fmt: on
 
