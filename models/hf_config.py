@@ -11,6 +11,9 @@ from typing import Any
 from common.errors import UserError
 from models.sizes import ModelConfig
 
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PhiForCausalLM")
+"""What is taken; tests hold each to transformers."""
+
 _FACES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
 """Architecture, and whether it has QK-norm."""
 
@@ -141,6 +144,21 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.json'} is no configuration: it holds no JSON object")
+    return values
+
+
+def taken_values(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model that can be trained, ours or one of :data:`ARCHITECTURES`.
+
+    Raises:
+        UserError: it is another architecture's, or the weights are quantised.
+    """
+    values = read_values(folder)
+    named = (values.get("architectures") or ["none named"])[0]
+    if named not in ARCHITECTURES:
+        raise UserError(f"{folder} is a {named}; this command takes {', '.join(ARCHITECTURES)}")
+    if values.get("quantization_config"):
+        raise UserError(f"the weights of {folder} are quantised; give the folder of the unquantised model")
     return values
 
 
