@@ -162,6 +162,12 @@ def taken_values(folder: Path) -> dict[str, Any]:
     return values
 
 
+def taken_shape(folder: Path) -> ModelConfig:
+    """The shape of a model that can be trained, of a foreign one the nearest of ours; raises as the above."""
+    values = taken_values(folder)
+    return from_config(values, folder) if is_ours(values) else nearest_shape(values, folder)
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in a folder; UserError when it is no model folder of ours."""
     return from_config(read_values(folder), folder)

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
 from data.settings import LoaderSettings, Mix
 from models import budget
-from models.hf_config import from_config, is_ours, nearest_shape, read_values, taken_values
+from models.hf_config import is_ours, read_values, taken_shape
 from models.sizes import ModelConfig, adapt, size
 from train.learning import DistillSettings, LoraSettings
 from train.plan import check_micro_batch, share_of_rows
@@ -297,9 +297,7 @@ def model_config(settings: TrainSettings) -> ModelConfig:
     if settings.init is None:
         config = adapt(size(settings.size or "125m").config, **changes)  # type: ignore[arg-type]
     else:
-        folder = Path(settings.init)
-        values = taken_values(folder)
-        config = from_config(values, folder) if is_ours(values) else nearest_shape(values, folder)
+        config = taken_shape(Path(settings.init))
         for name, value in changes.items():
             if value is not None and value != getattr(config, name):
                 flag = name.replace("_", "-")
