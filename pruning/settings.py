@@ -64,8 +64,8 @@ class CutSettings:
     """How units are chosen and repaired, and the text that decides it."""
 
     method: Literal["energy", "l1", "taylor", "random"] = "energy"
-    """Importance of a unit: energy (its mean square times its outgoing weights), l1 (the competition's baseline), taylor
-    (needs the whole model and its gradients in memory), random (a control)."""
+    """Importance of a unit: energy (its mean square times its outgoing weights), l1 (the competition's baseline),
+    taylor (needs the whole model and its gradients in memory), random (a control)."""
     repair: bool = True
     """Fit the matrices that read the units to what was cut, by least squares."""
     calibration: Mix = option(Mix.parse("c4"))

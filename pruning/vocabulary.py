@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ class ByteLevelBpe:
         kinds = _kinds(self.content.get("pre_tokenizer"))
         if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in kinds:
             raise UserError(
-                f"the tokenizer in {folder} is no byte-level BPE ({model.get('type')} behind {', '.join(kinds) or 'no'} "
-                "pre-tokenizer), so its vocabulary cannot be cut; leave the vocabulary whole: --vocab keep"
+                f"the tokenizer in {folder} is no byte-level BPE ({model.get('type')} behind "
+                f"{', '.join(sorted(kinds)) or 'no pre-tokenizer'}), so its vocabulary cannot be cut; leave it whole: "
+                "--vocab keep"
             )
         others = _kinds(self.content.get("post_processor")) - {"ByteLevel", "TemplateProcessing", "Sequence"}
         if others:
@@ -83,7 +84,7 @@ class ByteLevelBpe:
         """
         parts, made = list(token), set(token)
         while len(parts) > 1:
-            ranks = [self.merges.get(pair, len(self.merges)) for pair in zip(parts, parts[1:], strict=False)]
+            ranks = [self.merges.get(pair, len(self.merges)) for pair in pairwise(parts)]
             lowest = min(ranks)
             if lowest == len(self.merges):
                 return [token]
@@ -207,13 +208,13 @@ def cut_rows(matrix: Tensor, kept: Sequence[int]) -> Tensor:
 def text_of_token(token: str) -> str:
     """What a byte-level token spells; "" where its bytes are a part of a character, or it is an added token."""
     try:
-        return bytes(_bytes_of_characters()[char] for char in token).decode()
+        return bytes(bytes_of_characters()[char] for char in token).decode()
     except (KeyError, UnicodeDecodeError):
         return ""
 
 
 @cache
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """The character that stands for each byte: itself where it can be seen, the others one by one beyond them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     seen = [char for char in alphabet if ord(char) < 256]
