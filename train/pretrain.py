@@ -117,7 +117,7 @@ def _pretrain(stage: Stage, student: Student, teacher: Teacher | None) -> signal
     adapters = None if settings.init is None else student.adapters(stage, settings.init)
     engine = stage.engine(
         build=lambda: student.build(stage),
-        values=student.first_values(_weights(stage.origin, student, settings.seed), settings.seed),
+        values=student.first_values(_weights(stage, student), settings.seed),
         make_optimizers=lambda raw: make_optimizers(raw, settings.optimizer, settings.precision),
     )
     objective = _likelihood(settings.model.z_loss) if student.architecture.own is not None else _likelihood()
@@ -254,14 +254,19 @@ def _place_tokenizer(
             given.copy_to(folder)
 
 
-def _weights(origin: Origin, student: Student, seed: int) -> Values:
+def _weights(stage: Stage, student: Student) -> Values:
     """The weights that a run starts from: drawn by the seed, or those of a model folder.
 
-    Those of a checkpoint are read later, each rank its part.
+    Those of a checkpoint are read later, each rank its part; a checkpoint of adapters lacks those beside them.
     """
-    if origin.init is None or (origin.init / "state.json").exists():
-        return lambda name, shape: initial_weight(name, shape, student.architecture.shape, seed)
-    return student.architecture.read(origin.init)
+    settings, architecture = stage.settings, student.architecture
+    assert isinstance(settings, TrainSettings)
+    folder = stage.origin.init
+    if student.lora.rank is not None:
+        folder = Path(known(settings.init))
+    if folder is None or (folder / "state.json").exists():
+        return lambda name, shape: initial_weight(name, shape, architecture.shape, settings.seed)
+    return architecture.read(folder)
 
 
 def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device, world: int) -> int:
