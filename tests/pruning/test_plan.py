@@ -37,7 +37,14 @@ def test_amounts() -> None:
     assert Bytes.parse("1.5GiB") == 3 * 2**29
     assert Target.parse("0.8").of(1000) == Target.parse(".8").of(1000) == 800
     assert Target.parse("3.8B").of(1000) == 3_800_000_000
-    for kind, wrong in ((Bytes, "8 GHz"), (Bytes, "much"), (Target, "1.5"), (Target, "0.0"), (Target, "1"), (Target, "-1")):
+    for kind, wrong in (
+        (Bytes, "8 GHz"),
+        (Bytes, "much"),
+        (Target, "1.5"),
+        (Target, "0.0"),
+        (Target, "1"),
+        (Target, "-1"),
+    ):
         with pytest.raises(ValueError, match=r"memory|count|whole|share"):
             kind.parse(wrong)
 
@@ -126,7 +133,9 @@ def test_axes_can_be_settled() -> None:
 
 
 def test_what_no_shape_reaches_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"meets 1.0% of the parameters; the nearest are 1 layers, feed-forward 8, heads"):
+    with pytest.raises(
+        UserError, match=r"meets 1.0% of the parameters; the nearest are 1 layers, feed-forward 8, heads"
+    ):
         candidates(SMOLLM2, asked("0.01"), 8_000)
     with pytest.raises(UserError, match=r"\(its heads cannot be cut\) meets 1 GB on the phone at 1,024 tokens; the"):
         candidates(PHI_2, asked(phone="1GB", layers=32), 8_000)

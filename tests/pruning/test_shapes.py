@@ -106,7 +106,9 @@ def test_every_legal_shape_is_built_and_counted(name: str) -> None:
     assert parameters(values, now) == built(values).num_parameters()
 
 
-@pytest.mark.parametrize(("values", "count"), [(LLAMA_3, 8_030_261_248), (QWEN2, 7_615_616_512), (PHI_2, 2_779_683_840)])
+@pytest.mark.parametrize(
+    ("values", "count"), [(LLAMA_3, 8_030_261_248), (QWEN2, 7_615_616_512), (PHI_2, 2_779_683_840)]
+)
 def test_real_models_have_as_many_parameters_as_published(values: dict, count: int) -> None:
     assert parameters(values, Shape.of(values)) == count
     assert step(values) == 64

@@ -129,7 +129,9 @@ def test_chinese_tokens_are_kept_first(folder: Path, texts: list[str], tmp_path:
     }
     assert sum(map(is_chinese.get, kept_with)) == sum(is_chinese.values()) > 5
     assert not any(map(is_chinese.get, kept_without))
-    assert len(Tokenizer(tmp_path / "with").encode(CHINESE[0])) < len(Tokenizer(tmp_path / "without").encode(CHINESE[0]))
+    assert len(Tokenizer(tmp_path / "with").encode(CHINESE[0])) < len(
+        Tokenizer(tmp_path / "without").encode(CHINESE[0])
+    )
     with pytest.raises(UserError, match=r"of 300 is too small: .* 40 Chinese tokens \(--chinese-tokens\).* make 3\d\d"):
         choose_tokens(folder, 300, np.zeros(0, dtype=np.int64), rows=800, chinese=40)
 
