@@ -26,7 +26,7 @@ from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
 from models.hf import WeightFiles
 from models.hf_config import read_values, with_rope_at_top
-from pruning.vocabulary import bytes_of_characters
+from pruning.byte_level import bytes_of_characters
 
 ARCHITECTURE = "QWenLMHeadModel"
 

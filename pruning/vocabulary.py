@@ -11,8 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,74 +23,66 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_json, write_text
 from data.packing import Array
-from data.tokenizer import Tokenizer
+from data.settings import Mix
+from data.sources import Corpus, TextSource
+from data.tokenizer import Tokenizer, sample_texts
+from models.hf_config import read_values
+from pruning.byte_level import ByteLevelBpe, text_of_token
+from train.model_folder import stored_generation
 
 KEPT_FILE = "kept_tokens.json"
 """In a model folder with a cut vocabulary: the parent's id of every token, by the new id."""
+
+COUNTED_BYTES = 20_000_000
+"""Of text that tokens are counted in: five million tokens of English, in a minute."""
+
+VERIFIED = 200
+"""Documents of it that the rebuilt tokenizer is verified on."""
 
 PROBES = (
     'A probe of plain words, then 12,345.67 numbers; "quotes", tabs\tand\nnew lines.',
     "def f(x):\n    return x ** 2  # naïve café, Ελληνικά, русский, 日本語, العربية, 🙂",
     "简单的回答很少是完整的回答。画蛇添足，守株待兔。",
 )
-"""Texts that every rebuilt tokenizer is verified on, beside those that the tokens were counted on."""
+"""Texts that every rebuilt tokenizer is verified on, beside some of those that tokens were counted in."""
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
-class ByteLevelBpe:
-    """The ``tokenizer.json`` of a model folder, of the one kind whose vocabulary can be cut.
+def cut_vocabulary(folder: Path, out: Path, size: int, mix: Mix, *, chinese: int) -> list[int]:
+    """Choose tokens by their frequency in some text and write the tokenizer, all that a cut begins with.
+
+    Args:
+        folder: the model folder.
+        out: an existing folder, which gets the tokenizer's files and :data:`KEPT_FILE`.
+        size: tokens that stay.
+        mix: the text; :data:`COUNTED_BYTES` of its training part are counted.
+        chinese: tokens with Chinese characters to keep at least.
+
+    Returns:
+        The old id of every new token: ``size`` of them, in their old order.
 
     Raises:
-        UserError: it is of another kind.
+        UserError: as :func:`choose_tokens` and :func:`write_tokenizer`; the text is not there, or is no text.
     """
+    corpus = Corpus.open(mix)
+    if not all(isinstance(source, TextSource) for source in corpus.sources):
+        raise UserError(f"{mix} holds prepared tokens; a vocabulary is chosen on text: give the text itself")
+    texts = list(sample_texts(corpus, COUNTED_BYTES))
+    counts = count_tokens(Tokenizer(folder), texts)
+    rows = read_values(folder)["vocab_size"]
+    kept = choose_tokens(folder, size, counts, rows=rows, chinese=chinese, named=named_tokens(folder))
+    write_tokenizer(folder, kept, out, texts[:VERIFIED])
+    return kept
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self.content: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            model = self.content["model"]
-            self.vocab: dict[str, int] = model["vocab"]
-            self.added: dict[str, int] = {one["content"]: one["id"] for one in self.content.get("added_tokens") or ()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
-        kinds = _kinds(self.content.get("pre_tokenizer"))
-        if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in kinds:
-            raise UserError(
-                f"the tokenizer in {folder} is no byte-level BPE ({model.get('type')} behind "
-                f"{', '.join(sorted(kinds)) or 'no pre-tokenizer'}), so its vocabulary cannot be cut; leave it whole: "
-                "--vocab keep"
-            )
-        others = _kinds(self.content.get("post_processor")) - {"ByteLevel", "TemplateProcessing", "Sequence"}
-        if others:
-            raise UserError(
-                f"the tokenizer in {folder} has a post-processor of an unknown kind, {', '.join(others)}; leave the "
-                "vocabulary whole: --vocab keep"
-            )
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        self.merges: dict[tuple[str, str], int] = {(left, right): rank for rank, (left, right) in enumerate(merges)}
 
-    @property
-    def ids(self) -> dict[str, int]:
-        """Every token, added ones too, and its id."""
-        return self.vocab | self.added
-
-    def passed(self, token: str) -> list[str]:
-        """The tokens that BPE makes on its way to a token of the vocabulary, itself included.
-
-        The merges within a token are the same wherever in a word it stands, because none crosses its ends. A token
-        that merges do not reach is only ever taken whole (``ignore_merges``) and needs no other.
-        """
-        parts, made = list(token), set(token)
-        while len(parts) > 1:
-            ranks = [self.merges.get(pair, len(self.merges)) for pair in pairwise(parts)]
-            lowest = min(ranks)
-            if lowest == len(self.merges):
-                return [token]
-            place = ranks.index(lowest)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-            made.add(parts[place])
-        return sorted(made)
+def smallest_vocabulary(folder: Path, chinese: int) -> int | None:
+    """Tokens that stay in any case, about; None where the tokenizer is of a kind that cannot be cut."""
+    try:
+        bpe = ByteLevelBpe(folder)
+    except UserError:
+        return None
+    return len(_in_any_case(bpe, _learned(bpe, np.zeros(0, dtype=np.int64)), chinese, named_tokens(folder)))
 
 
 def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Array:
@@ -126,12 +117,9 @@ def choose_tokens(
         UserError: the tokenizer cannot be cut, or ``size`` is too small for what must stay.
     """
     bpe = ByteLevelBpe(folder)
-    ids, tokens = bpe.ids, {number: token for token, number in bpe.ids.items()}
-    learned = sorted(set(bpe.vocab.values()) - set(bpe.added.values()), key=lambda one: (-_count(counts, one), one))
-    alphabet = {ids[char] for char in pre_tokenizers.ByteLevel.alphabet() if char in ids}
-    kept = {*bpe.added.values(), *alphabet, *(one for one in named if one in tokens)}
-    for number in [one for one in learned if _CHINESE.search(text_of_token(tokens[one]))][:chinese]:
-        kept.update(ids[token] for token in bpe.passed(tokens[number]))
+    ids, tokens = bpe.ids, bpe.tokens
+    learned = _learned(bpe, counts)
+    kept = _in_any_case(bpe, learned, chinese, named)
     if len(kept) > size:
         raise UserError(
             f"a vocabulary of {size:,} is too small: special tokens, bytes and {chinese:,} Chinese tokens "
@@ -146,6 +134,21 @@ def choose_tokens(
     return [*sorted(kept), *without_token[: size - len(kept)]]
 
 
+def _learned(bpe: ByteLevelBpe, counts: Array) -> list[int]:
+    """The ids of all tokens but the added ones, the most frequent first."""
+    learned = set(bpe.vocab.values()) - set(bpe.added.values())
+    return sorted(learned, key=lambda one: (-counts[one] if one < len(counts) else 0, one))
+
+
+def _in_any_case(bpe: ByteLevelBpe, learned: Sequence[int], chinese: int, named: Iterable[int]) -> set[int]:
+    """Added tokens, bytes, named ones, and the first Chinese ones with those on the way to them."""
+    alphabet = {bpe.ids[char] for char in pre_tokenizers.ByteLevel.alphabet() if char in bpe.ids}
+    kept = {*bpe.added.values(), *alphabet, *(one for one in named if one in bpe.tokens)}
+    for number in [one for one in learned if _CHINESE.search(text_of_token(bpe.tokens[one]))][:chinese]:
+        kept.update(bpe.ids[token] for token in bpe.passed(bpe.tokens[number]))
+    return kept
+
+
 def write_tokenizer(folder: Path, kept: Sequence[int], out: Path, texts: Iterable[str] = ()) -> None:
     """Write the tokenizer of ``folder`` with the tokens ``kept`` alone into the existing folder ``out``.
 
@@ -158,7 +161,7 @@ def write_tokenizer(folder: Path, kept: Sequence[int], out: Path, texts: Iterabl
     new = {old: number for number, old in enumerate(kept)}
     before = Tokenizer(folder)
     before.copy_to(out)
-    write_json(out / "tokenizer.json", _rebuilt(bpe, new))
+    write_json(out / "tokenizer.json", bpe.rebuilt(new))
     file = out / "tokenizer_config.json"
     if file.exists():
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -200,61 +203,12 @@ def special_ids(values: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(value) if isinstance(value, list) else [value] for name, value in found.items()}
 
 
+def named_tokens(folder: Path) -> list[int]:
+    """The ids that a folder's ``config.json`` and ``generation_config.json`` name."""
+    named = [special_ids(read_values(folder)), special_ids(stored_generation(folder))]
+    return [one for settings in named for ids in settings.values() for one in ids]
+
+
 def cut_rows(matrix: Tensor, kept: Sequence[int]) -> Tensor:
     """The rows of an embedding (V, D), a head (V, D) or its bias (V,) that stay: (W, D) or (W,)."""
     return matrix.index_select(0, torch.tensor(kept, dtype=torch.long))
-
-
-def text_of_token(token: str) -> str:
-    """What a byte-level token spells; "" where its bytes are a part of a character, or it is an added token."""
-    try:
-        return bytes(bytes_of_characters()[char] for char in token).decode()
-    except (KeyError, UnicodeDecodeError):
-        return ""
-
-
-@cache
-def bytes_of_characters() -> dict[str, int]:
-    """The character that stands for each byte: itself where it can be seen, the others one by one beyond them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    seen = [char for char in alphabet if ord(char) < 256]
-    others = sorted(set(range(256)) - set(map(ord, seen)))
-    return dict(zip(alphabet, [*map(ord, seen), *others], strict=True))
-
-
-def _count(counts: Array, number: int) -> int:
-    return int(counts[number]) if number < len(counts) else 0
-
-
-def _kinds(part: Any) -> set[str]:
-    """The types that occur in a pre-tokenizer or post-processor, sequences looked into."""
-    if not isinstance(part, dict):
-        return set()
-    inner = [one for name in ("pretokenizers", "processors") for one in part.get(name) or ()]
-    return {str(part.get("type"))} | {kind for one in inner for kind in _kinds(one)}
-
-
-def _rebuilt(bpe: ByteLevelBpe, new: dict[int, int]) -> dict[str, Any]:
-    """The content of the new ``tokenizer.json``."""
-    vocab = {token: new[old] for token, old in bpe.vocab.items() if old in new}
-    merges = [[left, right] for left, right in bpe.merges if {left, right, left + right} <= vocab.keys()]
-    added = [one | {"id": new[one["id"]]} for one in bpe.content.get("added_tokens") or ()]
-    return bpe.content | {
-        "added_tokens": sorted(added, key=lambda one: one["id"]),
-        "post_processor": _renumbered_processor(bpe.content.get("post_processor"), new),
-        "model": bpe.content["model"] | {"vocab": vocab, "merges": merges},
-    }
-
-
-def _renumbered_processor(part: Any, new: dict[int, int]) -> Any:
-    """A post-processor whose templates insert the new ids."""
-    if not isinstance(part, dict):
-        return part
-    changed = copy.copy(part)
-    if part.get("processors"):
-        changed["processors"] = [_renumbered_processor(one, new) for one in part["processors"]]
-    if part.get("special_tokens"):
-        changed["special_tokens"] = {
-            name: one | {"ids": [new[old] for old in one["ids"]]} for name, one in part["special_tokens"].items()
-        }
-    return changed

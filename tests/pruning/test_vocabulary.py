@@ -15,15 +15,15 @@ from common.errors import UserError
 from data.settings import Mix
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, sample_texts
+from pruning.byte_level import ByteLevelBpe, text_of_token
 from pruning.vocabulary import (
     KEPT_FILE,
-    ByteLevelBpe,
     choose_tokens,
     count_tokens,
     cut_rows,
+    cut_vocabulary,
     renumbered,
     special_ids,
-    text_of_token,
     write_tokenizer,
 )
 from tests.conftest import make_text
@@ -187,3 +187,16 @@ def test_a_real_tokenizer(smollm2: Path, shared: Path, tmp_path: Path) -> None:
     longer = sum(len(after.encode(text)) for text in unseen) / sum(len(before.encode(text)) for text in unseen)
     assert longer < 1.08
     assert [kept[one] for one in (after.begin, after.end, after.pad)] == [before.begin, before.end, before.pad]
+
+
+def test_a_model_folder_is_cut_by_a_corpus(micro_model: Path, corpus: Path, tmp_path: Path) -> None:
+    """Special tokens of the configuration stay, and what must stay is known beforehand."""
+    smallest = smallest_vocabulary(micro_model, 4_000)
+    assert smallest == 256 + 16
+    kept = cut_vocabulary(micro_model, tmp_path, 320, Mix.parse(str(corpus)), chinese=4_000)
+    assert len(kept) == 320
+    assert kept[:16] == list(range(16))  # ours are the first
+    with pytest.raises(UserError, match="of 264 is too small"):
+        cut_vocabulary(micro_model, tmp_path, 264, Mix.parse(str(corpus)), chinese=4_000)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+    assert smallest_vocabulary(tmp_path, 4_000) is None
