@@ -23,6 +23,7 @@ from pruning.vocabulary import (
     cut_rows,
     cut_vocabulary,
     renumbered,
+    smallest_vocabulary,
     special_ids,
     write_tokenizer,
 )
