@@ -1,7 +1,7 @@
 """What ``python -m pruning`` can be told. Imports neither torch nor transformers: ``--help`` reads this module."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,8 @@ from jsonargparse.typing import register_type
 
 from common.settings import Count, option
 from data.settings import Mix
+from pruning.recover_settings import RecoverSettings
+from scoring.settings import SUITES, words
 
 LEAST_TOKENS = 98_304
 """Of the default calibration, 192 rows of 512."""
@@ -77,8 +79,8 @@ class CutSettings:
     """Tokens in a row of it."""
     seed: int = 0
     """Decides which documents are read, and random's choice."""
-    device: str = "auto"
-    """auto, cpu or cuda: where a block is run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a block is run; auto: cuda where there is one."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
@@ -145,13 +147,13 @@ class PruneSettings(ShapeSettings, CutSettings):  # fields of the last base come
     def texts(self) -> list[str]:
         """The sources that perplexity is measured on, each once."""
         if self.measure is not None:
-            return [word.strip() for word in self.measure.split(",") if word.strip()]
+            return words(self.measure)
         return list(dict.fromkeys([*(name for name, _ in self.calibration.parts), "sample"]))
 
 
 @dataclass
 class PruneCommand(PruneSettings):
-    """What the command takes."""
+    """The model, and what comes after the cut."""
 
     model: str | None = None
     """Model folder to cut; it stays as it is."""
@@ -161,8 +163,12 @@ class PruneCommand(PruneSettings):
     """Show the shapes that meet the target, and stop."""
     recover: bool = False
     """Train the cut model afterwards, the whole one as its teacher."""
+    recovery: RecoverSettings = field(default_factory=RecoverSettings)
+    """Recovery."""
     score: str | None = None
-    """Score before and after: suites of python -m scoring such as sample or competition."""
+    """Score before and after: suites of python -m scoring, such as sample or competition."""
+    score_data: str | None = None
+    """Folder of evaluation data for it. Default: the hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +176,11 @@ class PruneCommand(PruneSettings):
             raise ValueError("give the model folder to cut: python -m pruning MODEL --params 0.8")
         if self.params is None and self.phone_memory is None and not self.settled:
             raise ValueError("give a target: --params 0.8, --params 3.8B, --phone-memory 8GB or a shape (--ffn 4096)")
+        if self.recovery != RecoverSettings() and not self.recover:
+            raise ValueError("--recovery.* belongs to --recover")
+        unknown = [suite for suite in words(self.score) if suite not in SUITES]
+        if unknown:
+            raise ValueError(f"--score {unknown[0]} is no suite; there are {', '.join(SUITES)}")
 
 
 @dataclass
