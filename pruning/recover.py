@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
 from common.files import write_json
 from common.run_folder import RunFolder
 from common.settings import Count
 from data.sources import is_c4
 from models.hf_config import taken_shape
+from pruning.prune import outside_already
 from pruning.recover_settings import RecoverSettings
 from train.launch import Place
 from train.lora import digest_of
@@ -102,14 +102,5 @@ def _mark(model: Path, pruned: Path) -> None:
     """Say in ``palmtop.json`` whether all data of the cut and of the recovery was C4, as track 1 asks."""
     record = json.loads((model / "palmtop.json").read_text(encoding="utf-8"))
     own = [source["source"] for source in record["data"][-1]["sources"]]
-    outside = _outside_already(pruned) or not all(map(is_c4, own))
+    outside = outside_already(pruned) or not all(map(is_c4, own))
     write_json(model / "palmtop.json", {**record, "outside_track_1": outside})
-
-
-def _outside_already(pruned: Path) -> bool:
-    """What the pruned model says of itself."""
-    path = pruned / "palmtop.json"
-    try:
-        return bool(path.exists() and json.loads(path.read_text(encoding="utf-8")).get("outside_track_1", False))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}; prune the model again") from error
