@@ -77,16 +77,26 @@ class Rows:
     positions: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> "Rows":
-        """Cut a batch into chunks."""
-        rows = max(1, CHUNK // batch.inputs.shape[1])
-        parts = (batch.inputs, batch.targets, batch.positions)
-        return cls(*(torch.from_numpy(part.copy()).split(rows) for part in parts))
+    def of(cls, batch: Batch, names: list[int] | None = None) -> "Rows":
+        """Cut a batch into chunks; where there are ``names``, its ids are places in them."""
+        inputs, targets, positions = (
+            torch.from_numpy(part.copy()) for part in (batch.inputs, batch.targets, batch.positions)
+        )
+        if names is not None:
+            lookup = torch.tensor(names)
+            inputs, targets = lookup[inputs], torch.where(targets == IGNORE, IGNORE, lookup[targets.clamp_min(0)])
+        rows = max(1, CHUNK // inputs.shape[1])
+        return cls(inputs.split(rows), targets.split(rows), positions.split(rows))
 
     @property
-    def tokens(self) -> int:
-        """All that go through a block."""
-        return sum(chunk.numel() for chunk in self.inputs)
+    def count(self) -> int:
+        """B."""
+        return sum(map(len, self.inputs))
+
+    def first(self, tokens: int) -> "Rows":
+        """The first chunks, that have so many tokens or all."""
+        chunks = max(1, -(-tokens // self.inputs[0].numel()))
+        return Rows(self.inputs[:chunks], self.targets[:chunks], self.positions[:chunks])
 
     @property
     def predicted(self) -> int:

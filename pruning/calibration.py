@@ -197,7 +197,7 @@ def _rows(documents: Documents, tokenizer: Tokenizer, rows: int, length: int) ->
     whole = (sum(map(len, encoded)) - 1) // length
     if whole < rows:
         raise UserError(
-            f"the documents of {documents.name} fill {whole} rows of {length} tokens, not {rows}; ask for fewer tokens, "
-            "or give more text"
+            f"the documents of {documents.name} fill {whole} rows of {length} tokens, not {rows}; ask for fewer "
+            "tokens, or give more text"
         )
     return pack(encoded, length, tokenizer.end)[:rows]

@@ -42,7 +42,7 @@ class Measured:
         return self.loss * self.tokens / math.log(2) / self.text_bytes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     folder: Path,
     texts: Sequence[Documents],
