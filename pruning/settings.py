@@ -169,6 +169,8 @@ class PruneCommand(PruneSettings):
     """Score before and after: suites of python -m scoring, such as sample or competition."""
     score_data: str | None = None
     """Folder of evaluation data for it. Default: the hub."""
+    score_limit: int | None = None
+    """Score only so many rows of a task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +183,8 @@ class PruneCommand(PruneSettings):
         unknown = [suite for suite in words(self.score) if suite not in SUITES]
         if unknown:
             raise ValueError(f"--score {unknown[0]} is no suite; there are {', '.join(SUITES)}")
+        if self.score_limit is not None and self.score_limit < 1:
+            raise ValueError(f"--score-limit must be at least 1, not {self.score_limit}")
 
 
 @dataclass
