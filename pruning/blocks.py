@@ -25,8 +25,8 @@ from models.hf_config import taken_values
 CHUNK = 4096
 """Tokens that go through a block at one time."""
 
-HEAD_CHUNK = 512
-"""Tokens whose logits exist at one time."""
+HEAD_TOKENS, HEAD_ROWS = 512, 16_384
+"""Tokens and rows of the head whose logits exist at one time."""
 
 Hidden = list[Tensor]
 """Hidden states (B, T, D) of all rows between two blocks, in host memory, by chunks of rows."""
@@ -180,6 +180,11 @@ class Blocks:
         """How many blocks there are."""
         return int(self.values["num_hidden_layers"])
 
+    @property
+    def _tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.values.get("tie_word_embeddings", False))
+
     @cached_property
     def stored(self) -> torch.dtype:
         """What the blocks' weights are stored in."""
@@ -201,7 +206,7 @@ class Blocks:
 
     def ends(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights outside the blocks; a tied head is not among them."""
-        tied = {"lm_head.weight"} if self.values.get("tie_word_embeddings", False) else set()
+        tied = {"lm_head.weight"} if self._tied else set()
         return {
             name: tuple(one.shape)
             for name, one in self._skeleton.named_parameters()
@@ -236,26 +241,31 @@ class Blocks:
 
     def nats(self, hidden: Hidden, rows: Rows) -> float:
         """The summed negative log-likelihood of all targets, from what comes out of the last block."""
-        model = self._skeleton.model
+        model, head = _one_block(self.values).model, self._skeleton.lm_head
         name = "final_layernorm" if hasattr(model, "final_layernorm") else "norm"
-        norm, head = getattr(_one_block(self.values).model, name), self._skeleton.lm_head
-        prefix = f"model.{name}."
-        norm.load_state_dict(
-            {one: self._on_device(prefix + one) for one, _ in norm.named_parameters()},
-            assign=True,
-        )
-        tied = self.values.get("tie_word_embeddings", False)
-        weight = self._on_device("model.embed_tokens.weight" if tied else "lm_head.weight")
-        bias = None if head.bias is None else self._on_device("lm_head.bias")
+        norm = getattr(model, name)
+        weights = {one: self._on_device(f"model.{name}.{one}") for one, _ in norm.named_parameters()}
+        norm.load_state_dict(weights, assign=True)
+        weight_VD = self.end("model.embed_tokens.weight" if self._tied else "lm_head.weight")
+        bias_V = torch.zeros(len(weight_VD)) if head.bias is None else self.end("lm_head.bias").float()
         total = 0.0
         for chunk, targets in zip(hidden, rows.targets, strict=True):
             states_MD, targets_M = chunk.flatten(0, 1), targets.flatten()
             predicts = targets_M != IGNORE
-            parts = zip(states_MD[predicts].split(HEAD_CHUNK), targets_M[predicts].split(HEAD_CHUNK), strict=True)
+            parts = zip(states_MD[predicts].split(HEAD_TOKENS), targets_M[predicts].split(HEAD_TOKENS), strict=True)
             for states, wanted in parts:
-                logits = F.linear(norm(self.fetch(states)), weight, bias)
-                total += F.cross_entropy(logits, wanted.to(self.device), reduction="sum").item()
+                total += self._nll(norm(self.fetch(states)), wanted, weight_VD, bias_V)
         return total
+
+    def _nll(self, states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor) -> float:
+        """The summed negative log-likelihood of targets: the head is in fp32 by some of its rows at a time."""
+        sums = []
+        for weight, bias in zip(weight_VD.split(HEAD_ROWS), bias_V.split(HEAD_ROWS), strict=True):
+            logits = F.linear(states_MD, weight.to(self.device).float(), bias.to(self.device))
+            sums.append(logits.logsumexp(-1))
+        wanted_MD = weight_VD[targets_M].to(self.device).float()
+        wanted_M = (states_MD * wanted_MD).sum(-1) + bias_V[targets_M].to(self.device)
+        return float((torch.stack(sums).logsumexp(0) - wanted_M).double().sum())
 
     def _on_device(self, name: str) -> Tensor:
         return self.end(name).to(self.device).float()

@@ -106,8 +106,7 @@ class _Pruning:
         stay = [layer for layer in range(self.now.layers) if layer not in dropped]
         writer = ShardWriter(out)
         for name in self.blocks.ends():
-            tensor = self.blocks.end(name)
-            writer.add(name, cut_rows(tensor, kept) if kept and name in VOCABULARY_ENDS else tensor)
+            writer.add(name, self._end(name, kept))
         error = self._blocks(writer, rows, stay)
         writer.close()
         found = None if calibration is None else calibration.record()
@@ -117,6 +116,11 @@ class _Pruning:
         write_records(self.blocks.folder, self.settings, report, out)
         self.console.say(f"cut in {duration(seconds)}")
         return report
+
+    def _end(self, name: str, kept: list[int] | None) -> Tensor:
+        """A weight outside the blocks, of the tokens that stay."""
+        tensor = self.blocks.end(name)
+        return tensor if kept is None or name not in VOCABULARY_ENDS else cut_rows(tensor, kept)
 
     def _vocabulary(self, out: Path, chinese_tokens: int) -> list[int] | None:
         """Write the tokenizer; returns the old id of every token where some went."""

@@ -26,20 +26,19 @@ def refit(linear: nn.Linear, moments: Moments, ridge: float = RIDGE) -> None:
 
     Args:
         linear: the layer, with as many inputs as there are units left.
-        moments: of the units and targets over M tokens; one unit more where there is a bias.
+        moments: of the units and targets over M tokens; one unit more where there is a bias. They are used up.
         ridge: r·M / U.
     """
     weight_DU = linear.weight if linear.bias is None else torch.cat([linear.weight, linear.bias[:, None]], 1)
-    gram_UU = moments.gram_UU.double()
+    gram_UU = moments.gram_UU
     scale_U = gram_UU.diagonal().sqrt()
     scale_U = torch.where(scale_U > 0, scale_U, torch.ones_like(scale_U))  # a unit that was always 0 keeps its column
-    missing_DU = (moments.cross_DU.double() - weight_DU.double() @ gram_UU) / scale_U
+    missing_DU = torch.addmm(moments.cross_DU, weight_DU, gram_UU, alpha=-1) / scale_U
     gram_UU /= scale_U[:, None]
-    gram_UU /= scale_U
+    gram_UU /= scale_U  # a matrix of correlations by now, which fp32 holds well enough
     gram_UU.diagonal().add_(ridge * len(gram_UU) / moments.tokens)
-    factor_UU = torch.linalg.cholesky(gram_UU)
-    change_DU = torch.cholesky_solve(missing_DU.T, factor_UU).T / scale_U
-    fitted_DU = (weight_DU + change_DU).float()
+    change_DU = torch.cholesky_solve(missing_DU.T, torch.linalg.cholesky(gram_UU)).T / scale_U
+    fitted_DU = weight_DU + change_DU
     if linear.bias is not None:
         linear.bias.copy_(fitted_DU[:, -1])
         fitted_DU = fitted_DU[:, :-1]

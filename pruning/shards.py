@@ -9,7 +9,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_json
 
-SHARD_BYTES = 500_000_000
+SHARD_BYTES = 250_000_000
 """Bytes that are gathered before a file is written: they count towards the memory that pruning takes."""
 
 LARGEST = torch.finfo(torch.float16).max
@@ -31,7 +31,7 @@ class ShardWriter:
         Raises:
             UserError: it holds values that fp16 cannot.
         """
-        largest = tensor.abs().max().item()
+        largest = max(abs(one.item()) for one in tensor.aminmax())
         if not largest <= LARGEST:
             raise UserError(
                 f"the pruned weight {name} holds {largest:g}, beyond the {LARGEST:,.0f} of fp16, in which a phone "
