@@ -170,7 +170,7 @@ class _Pruning:
         return Stage.of(name, folder, self.command.context, losses)
 
     def _scores(self, folder: Path) -> dict[str, float | None]:
-        """The scores of a model folder by task, and their mean."""
+        """The scores of a model folder by task, their mean, and its throughput on this machine."""
         assert self.command.score is not None
         settings = ScoreSettings(
             suite=self.command.score,
@@ -183,7 +183,8 @@ class _Pruning:
         if found.means is not None:
             scores["geometric mean"] = found.means.geometric
         marks = f" ({', '.join(mark.partition(' ')[0] for mark in found.marks)})" if found.marks else ""
-        return {name + marks: value for name, value in scores.items()}
+        speed = {} if found.speed is None else {"throughput, passes/s": found.speed["throughput"]}
+        return {name + marks: value for name, value in scores.items()} | speed
 
 
 def _show_plan(
