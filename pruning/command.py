@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common import signals
-from common.console import Console
+from common.console import Console, duration
 from common.errors import UserError
 from common.files import replace_folder
 from common.settings import Count, to_dict
@@ -19,7 +19,7 @@ from pruning import qwen1
 from pruning.calibration import read_test
 from pruning.perplexity import Measured, measure
 from pruning.plan import Candidate, candidates, describe, shortlist, summary
-from pruning.prune import prune
+from pruning.prune import Report, prune
 from pruning.recover import recover
 from pruning.report import FILE, Stage, plan_table, rank_table, stage_table, write_report
 from pruning.settings import ImportCommand, PruneCommand, calibration_tokens, out_folder
@@ -85,7 +85,7 @@ class _Pruning:
         """Everything that was asked for."""
         command, console = self.command, self.console
         stages = [self._stage("before", self.folder, self._losses("the model as it is", self.folder))]
-        losses = self._cut(tried)
+        losses, report = self._cut(tried)
         stages.append(self._stage("after", self.out, losses))
         write_report(self.out, stages, {"trials": self.trials})
         models = [self.folder, self.out]
@@ -100,20 +100,26 @@ class _Pruning:
         for model in models[1:]:
             write_report(model, stages, {"trials": self.trials})
         console.say(stage_table(stages))
+        console.say(_cost(report))
         console.say(f"report: {models[-1] / FILE}\nmodel: {models[-1]}\nnext: python -m scoring {models[-1]}")
 
-    def _cut(self, tried: Sequence[Candidate]) -> list[Measured]:
-        """Write the model, of several shapes the one with the fewest bits per byte of the first text; its losses."""
+    def _cut(self, tried: Sequence[Candidate]) -> tuple[list[Measured], Report]:
+        """Write the model, of several shapes the one with the fewest bits per byte of the first text.
+
+        Returns:
+            Its losses, and what was done to it.
+        """
         if len(tried) == 1:
-            self._prune(tried[0].shape, self.out)
-            return self._losses("the pruned model", self.out)
+            report = self._prune(tried[0].shape, self.out)
+            return self._losses("the pruned model", self.out), report
         trials = [self.out.with_name(f".{self.out.name}.{number}.tmp") for number in range(len(tried))]
         losses: list[list[Measured]] = []
+        reports: list[Report] = []
         best = 0
         try:
             for number, (one, trial) in enumerate(zip(tried, trials, strict=True)):
                 self.console.say(f"trying shape {number + 1} of {len(tried)}: {summary(one.shape)}")
-                self._prune(one.shape, trial)
+                reports.append(self._prune(one.shape, trial))
                 losses.append(self._losses(f"shape {number + 1}", trial))
                 worse = number
                 if losses[number][0].bits_per_byte < losses[best][0].bits_per_byte:
@@ -135,11 +141,11 @@ class _Pruning:
             }
             for one, found in zip(tried, bits, strict=True)
         ]
-        return losses[best]
+        return losses[best], reports[best]
 
-    def _prune(self, shape: Shape, out: Path) -> None:
+    def _prune(self, shape: Shape, out: Path) -> Report:
         command = self.command
-        prune(
+        return prune(
             self.folder,
             out,
             shape,
@@ -185,6 +191,17 @@ class _Pruning:
         marks = f" ({', '.join(mark.partition(' ')[0] for mark in found.marks)})" if found.marks else ""
         speed = {} if found.speed is None else {"throughput, passes/s": found.speed["throughput"]}
         return {name + marks: value for name, value in scores.items()} | speed
+
+
+def _cost(report: Report) -> str:
+    """What the cut was decided by, and its time, in a line."""
+    took = f"cut in {duration(report.seconds)}"
+    if report.calibration is None:
+        return f"{took}, without calibration"
+    found = report.calibration
+    sources = ", ".join(f"{one['documents']:,} documents of {one['source']}" for one in found["sources"])
+    outside = " (not C4 alone, so outside track 1's rules)" if found["outside_track_1"] else ""
+    return f"calibrated on {found['tokens']:,} tokens, seed {found['seed']}: {sources}{outside}; {took}"
 
 
 def _show_plan(
