@@ -10,11 +10,10 @@ Shapes: B rows, T tokens in a row, D model width.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruning.blocks import Block, Blocks, Hidden, Rows, parts_of
-from pruning.cut import Kept, cut
+from pruning.cut import cut
 from pruning.importance import Scores, best, by_energy
 from pruning.repair import refit, with_bias
 from pruning.shapes import Shape, head_width, resized
@@ -56,7 +55,9 @@ class Sweep:
         self._head_width = head_width(blocks.values)
         self._small_values = resized(blocks.values, shape)
         self._weighed, self._repair = weighed, repair
-        self._rows = rows if repair or weighed is None else None
+        axes = ("ffn", "heads", "kv_heads")
+        self._narrower = any(getattr(self._wanted, axis) < getattr(self._now, axis) for axis in axes)
+        self._rows = rows if repair or (weighed is None and self._narrower) else None
         self._dense: Hidden = [] if self._rows is None else blocks.embed(self._rows)
         self._pruned: Hidden = list(self._dense) if repair else []
         self._same = True
@@ -67,19 +68,14 @@ class Sweep:
     def cut(self, layer: int) -> dict[str, Tensor]:
         """The weights of a block that stays, cut and repaired, by their names inside it, as they are stored."""
         tensors = self._blocks.tensors(layer)
-        narrower = (self._wanted.ffn, self._wanted.heads, self._wanted.kv_heads) != (
-            self._now.ffn,
-            self._now.heads,
-            self._now.kv_heads,
-        )
-        self._same = self._same and not narrower
+        self._same = self._same and not self._narrower
         seen = self._pass_dense(tensors) if self._rows is not None else None
         if self._same:  # nothing was cut so far: the streams are one
             self._pruned = list(self._dense)
             return tensors
-        small = cut(tensors, self._parts, self._kept(layer, tensors, seen), self._head_width)
+        small = self._narrowed(layer, tensors, seen) if self._narrower else tensors
         if self._repair and seen is not None:
-            small |= self._repaired(small, seen.middle)
+            small = small | self._repaired(small, seen.middle)
         return {name: tensor.to("cpu", tensors[name].dtype) for name, tensor in small.items()}
 
     def drop(self, layer: int) -> None:
@@ -88,13 +84,14 @@ class Sweep:
         if self._rows is not None:
             self._blocks.through(self._blocks.block(layer), self._dense, self._rows)
 
-    def _kept(self, layer: int, tensors: dict[str, Tensor], seen: _Seen | None) -> Kept:
+    def _narrowed(self, layer: int, tensors: dict[str, Tensor], seen: _Seen | None) -> dict[str, Tensor]:
+        """The weights of a block with the units of highest scores alone."""
         if self._weighed is not None:
             scores = self._weighed(layer, tensors)
         else:
             assert seen is not None
             scores = by_energy(seen.ffn.sums, seen.heads.sums, self._now.kv_heads)
-        return best(scores, self._now, self._wanted)
+        return cut(tensors, self._parts, best(scores, self._now, self._wanted), self._head_width)
 
     def _pass_dense(self, tensors: dict[str, Tensor]) -> _Seen:
         """Move the dense stream through a block."""
@@ -128,47 +125,47 @@ class Sweep:
         Returns:
             The weights that were fitted.
         """
-        block, blocks = Block(self._small_values, small, self._blocks.device), self._blocks
-        middles = self._fit_attention(block, aims)
-        self._fit_ffn(block, middles)
-        error = tokens = 0.0
-        for number, aim in enumerate(self._dense):
-            hidden, middle, aim = (blocks.fetch(states) for states in (self._pruned[number], middles[number], aim))
-            output = middle + block.ffn_out(block.ffn_units(hidden, middle))
-            self._pruned[number] = blocks.keep(output)
-            distances = (output - aim).square().mean(-1).flatten() * token_weights(aim).flatten()
-            error, tokens = error + float(distances.sum()), tokens + len(distances)
-        self.error = error / tokens
-        fitted = {self._parts.attention_out: block.attention_out, self._parts.ffn_out: block.ffn_out}
-        return {
-            f"{module}.{name}": tensor
-            for module, linear in fitted.items()
-            for name, tensor in linear.named_parameters()
-        }
+        block, rows = Block(self._small_values, small, self._blocks.device), self._rows
+        assert rows is not None
+        units = list(self._pruned)
+        self._blocks.through(block.attention_units, units, rows)
+        middles = self._fit(block.attention_out, units, self._pruned, aims)
+        for number, states in enumerate(zip(self._pruned, middles, strict=True)):
+            units[number] = self._blocks.keep(block.ffn_units(*map(self._blocks.fetch, states)))
+        self._pruned = self._fit(block.ffn_out, units, middles, self._dense)
+        self.error = self._distance()
+        fitted = ((self._parts.attention_out, block.attention_out), (self._parts.ffn_out, block.ffn_out))
+        return {f"{module}.{name}": one for module, linear in fitted for name, one in linear.named_parameters()}
 
-    def _fit_attention(self, block: Block, aims: Hidden) -> Hidden:
-        """Fit what reads the heads; returns the pruned stream in the middle of the block."""
-        assert self._rows is not None
-        blocks, linear = self._blocks, block.attention_out
-        moments = _moments(linear)
-        for hidden, positions, aim in zip(self._pruned, self._rows.positions, aims, strict=True):
-            hidden, aim = blocks.fetch(hidden), blocks.fetch(aim)
-            units = block.attention_units(hidden, positions.to(blocks.device)).flatten(0, 1)
-            moments.add(with_bias(units, linear), (aim - hidden).flatten(0, 1), token_weights(aim))
-        refit(linear, moments)
-        middles = list(self._pruned)
-        blocks.through(lambda hidden, at: hidden + linear(block.attention_units(hidden, at)), middles, self._rows)
-        return middles
+    def _fit(self, linear: nn.Linear, units: Hidden, before: Hidden, aims: Hidden) -> Hidden:
+        """Refit a layer so that what it adds to the stream brings it to where the dense one is.
 
-    def _fit_ffn(self, block: Block, middles: Hidden) -> None:
-        """Fit what reads the feed-forward units."""
-        blocks, linear = self._blocks, block.ffn_out
-        moments = _moments(linear)
-        for states in zip(self._pruned, middles, self._dense, strict=True):
-            hidden, middle, aim = (blocks.fetch(one) for one in states)
-            units = block.ffn_units(hidden, middle).flatten(0, 1)
-            moments.add(with_bias(units, linear), (aim - middle).flatten(0, 1), token_weights(aim))
+        Args:
+            linear: the layer.
+            units: what it reads.
+            before: the pruned stream that its output is added to.
+            aims: the dense stream after that.
+
+        Returns:
+            The pruned stream after it.
+        """
+        fetch, width = self._blocks.fetch, linear.in_features + (linear.bias is not None)
+        moments = Moments(width, linear.out_features, self._blocks.device)
+        for states in zip(units, before, aims, strict=True):
+            read, hidden, aim = map(fetch, states)
+            moments.add(with_bias(read.flatten(0, 1), linear), (aim - hidden).flatten(0, 1), token_weights(aim))
         refit(linear, moments)
+        pairs = zip(before, units, strict=True)
+        return [self._blocks.keep(fetch(hidden) + linear(fetch(read))) for hidden, read in pairs]
+
+    def _distance(self) -> float:
+        """The squared distance of the streams relative to the square of the dense one, mean over tokens."""
+        total = tokens = 0.0
+        for states in zip(self._pruned, self._dense, strict=True):
+            hidden, aim = map(self._blocks.fetch, states)
+            squares = (hidden - aim).square().mean(-1).flatten() * token_weights(aim).flatten()
+            total, tokens = total + float(squares.sum()), tokens + len(squares)
+        return total / tokens
 
 
 def influence(blocks: Blocks, rows: Rows, progress: Callable[[int], None]) -> list[float]:
@@ -193,8 +190,3 @@ def influence(blocks: Blocks, rows: Rows, progress: Callable[[int], None]) -> li
         found.append(turned.mean)
         progress(layer + 1)
     return found
-
-
-def _moments(linear: torch.nn.Linear) -> Moments:
-    units = linear.in_features + (linear.bias is not None)
-    return Moments(units, linear.out_features, linear.weight.device)
