@@ -146,6 +146,14 @@ def text_of(line: bytes, shard: Shard, number: int) -> str:
     return _SURROGATE.sub("\ufffd", text)  # half of a pair has no UTF-8
 
 
+def is_c4(origin: str) -> bool:
+    """Whether text of this origin is C4, the only text that the competition's pruning track allows.
+
+    Of a folder nobody can tell.
+    """
+    return origin == "c4" or origin.startswith("c4:")
+
+
 def open_source(name: str) -> TextSource | PreparedSource:
     """Find a source by the name that the user gave; UserError when there is nothing of that name."""
     if name == "sample":

@@ -120,6 +120,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def adapter_parameters(config: ModelConfig, rank: int) -> int:
+    """Parameters of adapters beside every matrix of the blocks: rank · (rows + columns) each.
+
+    Of our own models, whose matrices are fused; a foreign one has somewhat more.
+    """
+    shapes = parameter_shapes(config).items()
+    return sum(rank * sum(shape) for name, shape in shapes if name.startswith("blocks.") and len(shape) == 2)
+
+
 def state_bytes(config: ModelConfig, optimizer: str = "adamw", *, shards: int = 1, rank: int = 0) -> State:
     """Exact bytes of fp32 weights, gradients and optimiser on one device.
 

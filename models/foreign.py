@@ -18,14 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
 from models.hf import WeightFiles, checked_shape, our_values, to_hugging_face
-from models.hf_config import from_config, is_ours, nearest_shape, read_values
+from models.hf_config import from_config, is_ours, nearest_shape, taken_values
 from models.sizes import ModelConfig
 from models.transformer import HEAD_CHUNK, IGNORE, HeadLoss, Transformer, compute_dtype
-
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PhiForCausalLM")
-"""What is taken; tests hold each to transformers."""
 
 DROPOUT = ("attention_dropout", "embd_pdrop", "resid_pdrop")
 """Settings of dropout, which the loop does without: its random numbers would make a run depend on where it stopped and
@@ -50,12 +46,7 @@ class Architecture:
         Raises:
             UserError: it is none, of an architecture that is not taken, or its weights are quantised.
         """
-        values = read_values(folder)
-        named = (values.get("architectures") or ["none named"])[0]
-        if named not in ARCHITECTURES:
-            raise UserError(f"{folder} is a {named}; this command takes {', '.join(ARCHITECTURES)}")
-        if values.get("quantization_config"):
-            raise UserError(f"the weights of {folder} are quantised; give the folder of the unquantised model")
+        values = taken_values(folder)
         return cls(values, from_config(values, folder) if is_ours(values) else None, nearest_shape(values, folder))
 
     @property

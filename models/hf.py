@@ -116,6 +116,13 @@ class WeightFiles:
         """Of all tensors."""
         return list(self._files)
 
+    def by_file(self) -> dict[str, list[str]]:
+        """The names of the tensors in each file, by the file's name."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(file.name, []).append(name)
+        return found
+
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored; UserError when it is not there."""
         if name not in self._files:

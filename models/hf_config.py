@@ -11,6 +11,9 @@ from typing import Any
 from common.errors import UserError
 from models.sizes import ModelConfig
 
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PhiForCausalLM")
+"""What is taken; tests hold each to transformers."""
+
 _FACES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
 """Architecture, and whether it has QK-norm."""
 
@@ -142,6 +145,27 @@ def read_values(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.json'} is no configuration: it holds no JSON object")
     return values
+
+
+def taken_values(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model that can be trained, ours or one of :data:`ARCHITECTURES`.
+
+    Raises:
+        UserError: it is another architecture's, or the weights are quantised.
+    """
+    values = read_values(folder)
+    named = (values.get("architectures") or ["none named"])[0]
+    if named not in ARCHITECTURES:
+        raise UserError(f"{folder} is a {named}; this command takes {', '.join(ARCHITECTURES)}")
+    if values.get("quantization_config"):
+        raise UserError(f"the weights of {folder} are quantised; give the folder of the unquantised model")
+    return values
+
+
+def taken_shape(folder: Path) -> ModelConfig:
+    """The shape of a model that can be trained, of a foreign one the nearest of ours; raises as the above."""
+    values = taken_values(folder)
+    return from_config(values, folder) if is_ours(values) else nearest_shape(values, folder)
 
 
 def read_config(folder: Path) -> ModelConfig:

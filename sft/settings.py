@@ -10,46 +10,14 @@ from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
 from data.settings import Mix
 from models.sizes import ModelConfig
-from train.settings import RunSettings, dated_name, resolve_run
+from train.learning import DistillSettings, LoraSettings
+from train.settings import RunSettings, check_whole, dated_name, fill_alpha, resolve_run
 
 BATCH_TOKENS = 16_384
 """Of the default batch: some 130 conversations of Alpaca's, whose own recipe takes 128."""
 
 SEQ_LEN = 1_024
 """The longest default row; less than one in a thousand of Alpaca's conversations is longer."""
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters beside the frozen matrices of the blocks, merged at the end (peft)."""
-
-    rank: int | None = None
-    """Rows of the adapters, such as 16. Default: none, all weights are trained."""
-    alpha: int | None = None
-    """The adapters' product is scaled by alpha / rank. Default: twice the rank."""
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "alpha"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--lora.{name} must be at least 1, not {getattr(self, name)}")
-        if self.alpha is not None and self.rank is None:
-            raise ValueError("--lora.alpha belongs to --lora.rank")
-
-
-@dataclass
-class DistillSettings:
-    """How a --teacher counts."""
-
-    weight: float = 0.5
-    """Of the teacher against the labels; 1: the teacher alone."""
-    temperature: float = 1.0
-    """Of both distributions."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"--distill.weight must be above 0 and at most 1, not {self.weight}")
-        if self.temperature <= 0:
-            raise ValueError(f"--distill.temperature must be positive, not {self.temperature}")
 
 
 @dataclass
@@ -179,18 +147,13 @@ def resolve(settings: SftSettings, shape: ModelConfig, *, own: bool, rows: int |
     Raises:
         UserError: as :func:`train.settings.resolve_run`; or muon or DeepSpeed is asked for where it does not work.
     """
-    adapters, strategy = settings.lora.rank is not None, settings.strategy
-    if settings.optimizer.name == "muon" and (adapters or not own):
-        raise UserError("muon trains whole matrices of our own models; use --optimizer.name adamw")
-    if strategy.startswith("deepspeed") and (adapters or not own):
-        raise UserError(f"--strategy {strategy} takes our own models without adapters; use --strategy fsdp")
+    check_whole(settings, settings.lora, own=own)
     seq_len = row_length(settings, shape)
     batch = settings.batch_tokens or Count(max(1, round(BATCH_TOKENS / seq_len / world)) * world * seq_len)
     tokens = settings.tokens if rows is None else Count(-(-rows * seq_len // batch) * batch)
     assert tokens is not None
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 10, batch))
-    alpha = settings.lora.alpha or 2 * (settings.lora.rank or 0) or None
-    rate = 2e-5 * 4096 / shape.width * (10 if adapters else 1)
+    rate = 2e-5 * 4096 / shape.width * (1 if settings.lora.rank is None else 10)
     return resolve_run(
         replace(
             settings,
@@ -200,7 +163,7 @@ def resolve(settings: SftSettings, shape: ModelConfig, *, own: bool, rows: int |
             batch_tokens=batch,
             run=run_name(settings),
             optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or rate),
-            lora=replace(settings.lora, alpha=alpha),
+            lora=fill_alpha(settings.lora),
             eval=replace(settings.eval, every=every),
         ),
         world,

@@ -4,7 +4,10 @@ The loss of a target is (1 - w) · CE + w · T² · KL(p || q), with p the teach
 at temperature T: the forward divergence, which makes the student cover all that the teacher holds likely. T² keeps
 the size of its gradient about the same at every temperature.
 
-Shapes: M tokens, D model width, V vocabulary, P tokens that are predicted.
+A student whose vocabulary was cut knows some of the teacher's tokens: both distributions are over those, and the
+teacher reads them under its own ids.
+
+Shapes: M tokens, D model width, V vocabulary, P tokens that are predicted, K tokens that both know.
 """
 
 from typing import Any
@@ -21,14 +24,15 @@ class Distillation:
     """The objective of a student.
 
     Args:
-        teacher: in evaluation mode on the student's device, with the student's tokenizer; where the one has more
-            rows of vocabulary than the other, those that both have count.
+        teacher: in evaluation mode on the student's device.
         weight: w, of the teacher against the labels; 1 is the teacher alone.
         temperature: T.
+        ids: the teacher's id of each of the student's K tokens, there too. None: they have the same ids, and where
+            the one has more rows of vocabulary than the other, those that both have count.
     """
 
-    def __init__(self, teacher: nn.Module, weight: float, temperature: float) -> None:
-        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+    def __init__(self, teacher: nn.Module, weight: float, temperature: float, ids: Tensor | None = None) -> None:
+        self.teacher, self.weight, self.temperature, self.ids = teacher, weight, temperature, ids
 
     def __call__(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The summed loss, and the summed negative log-likelihood of the labels."""
@@ -42,21 +46,25 @@ class Distillation:
         return nll, divergence
 
     def _sums(self, student: nn.Module, batch: dict[str, Tensor], weight: float, temperature: float) -> Any:
-        given = batch["inputs"], batch["positions"], batch["targets"]
+        inputs, positions, targets = batch["inputs"], batch["positions"], batch["targets"]
+        read = inputs if self.ids is None else self.ids[inputs]
         with torch.no_grad():
-            theirs_MD, their_head = self.teacher(*given, head_loss=lambda hidden, head, targets: (hidden, head))
+            theirs_MD, their_head = self.teacher(
+                read, positions, targets, head_loss=lambda hidden, head, targets: (hidden, head)
+            )
 
         def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
             def against_teacher(ours: Tensor, head: nn.Linear, theirs: Tensor, targets: Tensor) -> Any:
                 with torch.no_grad():
                     logits = their_head(theirs).float()
+                    logits = logits if self.ids is None else logits[:, self.ids]
                 return _loss(head(ours).float(), logits, targets, weight, temperature)
 
             predicts = targets_M != IGNORE
             rest = theirs_MD[predicts], targets_M[predicts]
             return summed_by_chunks(against_teacher, hidden_MD[predicts], head, *rest)
 
-        return student(*given, head_loss=loss)
+        return student(inputs, positions, targets, head_loss=loss)
 
 
 def _loss(

@@ -35,6 +35,23 @@ def data_seen(path: Path) -> list[dict[str, Any]]:
     return list(record.get("data") or [{"stage": "unknown", "from": str(path)}])
 
 
+def seen_before(parents: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the weights of all parents have seen, the model's and its teacher's, each entry once."""
+    entries = [entry for parent in parents for entry in data_seen(parent)]
+    return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
+
+
+def stored_generation(path: Path) -> dict[str, Any]:
+    """The ``generation_config.json`` of a model folder or of a checkpoint; empty where there is none."""
+    if (path / "state.json").exists():
+        return dict(checkpoint.read_state(path)["generation"])
+    file = path / "generation_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}; put it right, or remove it") from error
+
+
 def generation_config(begin: int | None, stop: Sequence[int], pad: int | None) -> dict[str, Any]:
     """The ``generation_config.json`` of a model that has written all when it writes one of ``stop``."""
     ids = {"bos_token_id": begin, "eos_token_id": stop[0] if len(stop) == 1 else list(stop), "pad_token_id": pad}

@@ -312,14 +312,23 @@ def warn_if_too_big(fit: Fit) -> str | None:
     )
 
 
-def tokens_per_second(config: ModelConfig, seq_len: int, machine: Machine, checkpointing: str, mfu: float) -> float:
-    """Expected speed of all devices: W · peak · MFU / (FLOPs a token, what is recomputed included).
+def tokens_per_second(
+    config: ModelConfig,
+    seq_len: int,
+    machine: Machine,
+    checkpointing: str,
+    mfu: float,
+    teacher: ModelConfig | None = None,
+) -> float:
+    """Expected speed of all devices: W · peak · MFU / (FLOPs a token, what is recomputed and a teacher's included).
 
-    Takes it that communication is hidden behind computation and data always there.
+    A teacher's forward pass is a third of what training it would take. Takes it that communication is hidden behind
+    computation and data always there.
     """
     assert machine.gpu.peak is not None
     flops = budget.flops_per_token(config, seq_len) + budget.recomputed_flops(config, seq_len, checkpointing)
-    return machine.world * machine.gpu.peak * mfu / flops
+    taught = 0 if teacher is None else budget.flops_per_token(teacher, seq_len) // 3
+    return machine.world * machine.gpu.peak * mfu / (flops + taught)
 
 
 def checkpoint_bytes(config: ModelConfig, optimizer: str) -> int:

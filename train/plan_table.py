@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 
 from models import budget, gpus
+from models.hf_config import taken_shape
 from models.sizes import ModelConfig
 from train.plan import (
     ASSUMED_MFU,
@@ -25,7 +26,7 @@ from train.plan import (
     ways,
     workload_of,
 )
-from train.settings import TrainCommand, TrainSettings, model_config, resolve
+from train.settings import TrainCommand, TrainSettings, model_config, resolve, trains_ours
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def print_plan(command: TrainCommand) -> None:
     """
     config = model_config(command)
     machine, why = machine_of(command)
-    settings = resolve(command, config, machine.world)
+    settings = resolve(command, config, machine.world, own=trains_ours(command))
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     for section in describe(settings, config, machine, price=command.price, why=why):
         console.print(_rendered(section, command.explain))
@@ -106,7 +107,12 @@ def describe(
         price: dollars a device-hour.
         why: where the machine is known from.
     """
+    teacher = None if settings.teacher is None else taken_shape(Path(settings.teacher))
     job = workload_of(settings, config, machine)
+    if teacher is not None:
+        job = replace(job, taken=job.value_bytes * budget.parameters(teacher).total)
+    if settings.lora.rank is not None:
+        job = replace(job, trainable=budget.adapter_parameters(config, settings.lora.rank))
     fit = best(job)
     others = [way for way in ways(replace(job, strategy="auto")) if way.strategy != fit.strategy]
     order = ("ddp", "hsdp", "fsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload")
@@ -116,8 +122,8 @@ def describe(
         _run(settings, config),
         _memory(job, every, why),
         _chosen(job, fit),
-        _time(settings, job, fit, price),
-        _checkpoint(settings, config),
+        _time(settings, job, fit, price, teacher),
+        _checkpoint(job, settings.checkpoint.keep),
         _phone(config),
     ]
 
@@ -223,6 +229,7 @@ def _chosen(job: Workload, fit: Fit) -> Section:
     strategy = "one device" if world == 1 and fit.strategy == "ddp" else fit.strategy
     used = f"{gb(fit.memory.total)} of {gb(fit.room)}: {'fits' if fit.fits else 'DOES NOT FIT'}"
     micro = f"{fit.micro_rows} rows = {fit.micro_rows * job.seq_len:,} tokens a device"
+    beside = [Row("the teacher", gb(job.taken), "b·(its parameters), beside that on every device")] if job.taken else []
     return Section(
         "Chosen",
         [
@@ -231,11 +238,14 @@ def _chosen(job: Workload, fit: Fit) -> Section:
             Row("micro-batch", micro, "as given, else the most rows that fit"),
             Row("micro-batches a step", f"{share // fit.micro_rows}", f"{job.rows} rows / {world} / {fit.micro_rows}"),
             Row("memory", used, "the sum of its line above"),
+            *beside,
         ],
     )
 
 
-def _time(settings: TrainSettings, job: Workload, fit: Fit, price: float | None) -> Section:
+def _time(
+    settings: TrainSettings, job: Workload, fit: Fit, price: float | None, teacher: ModelConfig | None
+) -> Section:
     machine, gpu = job.machine, job.machine.gpu
     if gpu.peak is None or job.precision != "bf16":
         reason = f"no peak of {gpu.name} is known" if gpu.peak is None else "only peaks in bf16 are known"
@@ -248,7 +258,7 @@ def _time(settings: TrainSettings, job: Workload, fit: Fit, price: float | None)
     mfu = measured or ASSUMED_MFU
     source = "measured" if measured else "ASSUMED, not measured"
     reason = "measured by bench/" if measured else "public trainers of 125M to 3B reach 35 to 50% on 8 H100s"
-    rate = tokens_per_second(job.config, job.seq_len, machine, fit.checkpointing, mfu)
+    rate = tokens_per_second(job.config, job.seq_len, machine, fit.checkpointing, mfu, teacher)
     seconds = settings.tokens / rate
     hours = seconds / 3600 * machine.world
     cost = f"${hours * price:,.2f} at ${price:g} a GPU-hour" if price is not None else "unknown: give --price"
@@ -271,15 +281,17 @@ def _time(settings: TrainSettings, job: Workload, fit: Fit, price: float | None)
     )
 
 
-def _checkpoint(settings: TrainSettings, config: ModelConfig) -> Section:
-    size = checkpoint_bytes(config, settings.optimizer.name)
-    model = 4 * budget.parameters(config).total
-    moments = "8·P + 4 a tensor" if settings.optimizer.name == "adamw" else "4 a weight of matrices, else 8"
-    keep = settings.checkpoint.keep
+def _checkpoint(job: Workload, keep: int) -> Section:
+    size = checkpoint_bytes(job.config, job.optimizer)
+    model = 4 * budget.parameters(job.config).total
+    moments = "8·P + 4 a tensor" if job.optimizer == "adamw" else "4 a weight of matrices, else 8"
+    formula = f"4·P + the optimiser's {moments}, whatever the strategy"
+    if job.trainable is not None:
+        size, formula = 12 * job.trainable, "12 a parameter of the adapters"
     return Section(
         "Checkpoint",
         [
-            Row("a checkpoint", gb(size), f"4·P + the optimiser's {moments}, whatever the strategy"),
+            Row("a checkpoint", gb(size), formula),
             Row("the model folder", gb(model), "4·P, fp32 safetensors"),
             Row("on disk at most", gb((keep + 2) * size + model), f"{keep} kept, one for good, one new, and the model"),
         ],

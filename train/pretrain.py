@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.console import Console
 from common.errors import UserError
-from common.files import cache_folder, new_folder, require_space
+from common.files import cache_folder, new_folder
 from common.run_folder import RunFolder
 from data.loader import Loader, Order, merge_states
 from data.packing import Batch, make_batch
@@ -19,20 +19,24 @@ from data.prepared import PreparedSource
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, bytes_per_token, find_tokenizer, sample_texts, train_tokenizer
 from models import budget
-from models.hf import our_values
-from models.hf_config import to_config
+from models.foreign import Architecture
+from models.hf_config import to_config, with_rope_at_top
 from models.sizes import ModelConfig
-from models.transformer import Transformer, initial_weight
-from train.device import choose_precision, compiles
+from models.transformer import initial_weight
+from train import checkpoint
+from train.device import choose_precision
 from train.engine import Values
 from train.evaluate import Evaluator
 from train.launch import Place, cores_here
-from train.model_folder import data_seen, generation_config, own_data
+from train.loop import Objective
+from train.model_folder import generation_config, own_data, seen_before, stored_generation
 from train.optimizer import make_optimizers
-from train.resume import Origin, adopt_stored, stored_shape
+from train.resume import Origin, adopt_stored, stored_model
 from train.scores import LoopScores
 from train.settings import TrainSettings, model_config, resolve, run_name, run_path
 from train.stage import Stage, known, open_stage
+from train.student import Student
+from train.teacher import Teacher
 
 TOKENIZER_SAMPLE = 50_000_000
 """Bytes of text that the run's own tokenizer is trained on."""
@@ -80,17 +84,23 @@ def pretrain(settings: TrainSettings, place: Place) -> signal.Signals | None:
     run = RunFolder(run_path(run_name(settings)), writes=place.rank == 0)
     # Read by all ranks before any of them writes.
     settings = adopt_stored(settings, run)
-    config = stored_shape(settings, run) or model_config(settings)
-    settings = replace(resolve(settings, config, place.world_size), precision=choose_precision(settings, place))
-    with open_stage(settings, config, place, run, init=settings.init) as stage:
-        return _pretrain(stage)
+    architecture = _architecture(settings, stored_model(settings, run))
+    settings = resolve(settings, architecture.shape, place.world_size, own=architecture.own is not None)
+    settings = replace(settings, precision=choose_precision(settings, place))
+    student = Student(architecture, settings.lora)
+    teacher = None if settings.teacher is None else Teacher.of(Path(settings.teacher))
+    taken = 0 if teacher is None else teacher.bytes(settings.precision)
+    with open_stage(
+        settings, architecture.shape, place, run, init=settings.init, trainable=student.trainable, taken=taken
+    ) as stage:
+        return _pretrain(stage, student, teacher)
 
 
-def _pretrain(stage: Stage) -> signal.Signals | None:
+def _pretrain(stage: Stage, student: Student, teacher: Teacher | None) -> signal.Signals | None:
     settings, config, run, job, console = stage.settings, stage.shape, stage.run, stage.job, stage.console
     assert isinstance(settings, TrainSettings)
     if job.rank == 0:
-        _check_room(config, run)
+        student.require_space(run.path)
 
     # Data: rank 0 first, for it fills the caches and trains the tokenizer
     with job.rank_zero_first():
@@ -100,26 +110,27 @@ def _pretrain(stage: Stage) -> signal.Signals | None:
         if run.writes:
             _place_tokenizer(settings, config, corpus, run, stage.origin, console)
         tokenizer = Tokenizer(run.tokenizer)
+    seq_len = known(settings.seq_len)
+    if teacher is not None:
+        teacher.check(tokenizer, seq_len)
 
     # Model
+    adapters = None if settings.init is None else student.adapters(stage, settings.init)
     engine = stage.engine(
-        build=lambda: _build(config, stage),
-        values=_first_values(stage.origin, config, settings.seed),
+        build=lambda: student.build(stage),
+        values=student.first_values(_weights(stage, student), settings.seed),
         make_optimizers=lambda raw: make_optimizers(raw, settings.optimizer, settings.precision),
     )
+    objective = _likelihood(settings.model.z_loss) if student.architecture.own is not None else _likelihood()
+    if teacher is not None:
+        objective = teacher.distillation(tokenizer, settings.distill, stage.device, settings.precision)
 
     # What the loop calls
-    seq_len = known(settings.seq_len)
     workers = _workers(settings, corpus, stage.device, job.world_size)
     order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
     evaluate = Evaluator(stage, settings, corpus, tokenizer, engine.model, *_scores(stage, tokenizer, engine.raw))
     state = stage.state.get("loader")
     loader = Loader(order, workers=workers, rank=job.rank, world_size=job.world_size, state=state)
-
-    def objective(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        loss, nll = module(batch["inputs"], batch["positions"], batch["targets"], settings.model.z_loss)
-        return loss, nll
-
     shares = zip(corpus.sources, corpus.weights, strict=True)
     return stage.train(
         engine,
@@ -127,16 +138,24 @@ def _pretrain(stage: Stage) -> signal.Signals | None:
         objective,
         evaluate,
         evaluate_every=settings.eval.every,
-        config=to_config(config, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad),
+        evaluate_first=bool(settings.eval.every and teacher),
+        config=_config_values(settings, student.architecture, tokenizer),
         fingerprints=fingerprints,
-        generation=generation_config(tokenizer.begin, [tokenizer.end], tokenizer.pad),
-        record={"stage": "pretrain", "parent": settings.init, "data": _data_seen(stage, corpus)},
-        header={
-            "parameters": f"{budget.parameters(config).total:,}",
-            "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in shares)
-            + f"; {workers} workers a device",
+        generation=_generation(stage, tokenizer),
+        record={
+            "stage": "pretrain",
+            "parent": settings.init,
+            "teacher": settings.teacher,
+            "data": _data_seen(stage, corpus),
         },
-        flops_per_token=budget.flops_per_token(config, seq_len),
+        lora=adapters,
+        header={
+            "parameters": student.described,
+            "data": ", ".join(f"{source.name} ({len(source.train)} shards, {share:.0%})" for source, share in shares)
+            + f"; {workers} workers a device"
+            + ("" if teacher is None else f"; and the teacher {teacher.folder}"),
+        },
+        flops_per_token=None if adapters else budget.flops_per_token(config, seq_len),
     )
 
 
@@ -153,20 +172,61 @@ def _scores(stage: Stage, tokenizer: Tokenizer, model: nn.Module) -> list[LoopSc
     return [scores]
 
 
+def _architecture(settings: TrainSettings, stored: Path | None) -> Architecture:
+    """The model of the checkpoint that the run goes on from, else of ``--init``, else of the size."""
+    if stored is not None:
+        return Architecture.of(stored)
+    config = model_config(settings)
+    if settings.init is None:
+        return Architecture({}, config, config)  # its config.json has to wait for the tokenizer's ids
+    init = Path(settings.init)
+    if (init / "state.json").exists():
+        if settings.lora.rank is not None:
+            raise UserError(f"adapters need a model folder; make one: python train.py consolidate {init}")
+        if checkpoint.read_state(init).get("lora") is not None:
+            raise UserError(f"{init} holds adapters alone; make a model folder: python train.py consolidate {init}")
+    found = Architecture.of(init)
+    return found if found.own is None else replace(found, own=config)
+
+
+def _likelihood(*z_loss: float) -> Objective:
+    """The negative log-likelihood of the text; a weight of z-loss only for a model that has one."""
+
+    def objective(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss, nll = module(batch["inputs"], batch["positions"], batch["targets"], *z_loss)
+        return loss, nll
+
+    return objective
+
+
+def _config_values(settings: TrainSettings, architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ``config.json`` of the model: that of ``--init``, whose special tokens stay those of its tokenizer."""
+    if settings.init is None:
+        return to_config(architecture.shape, bos=tokenizer.begin, eos=tokenizer.end, pad=tokenizer.pad)
+    values = with_rope_at_top(architecture.values) | {"max_position_embeddings": architecture.shape.context}
+    if settings.tokenizer is None:
+        return values
+    return values | {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+
+
+def _generation(stage: Stage, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ``generation_config.json``, by the same rule."""
+    if stage.state:
+        return dict(stage.state["generation"])
+    settings = stage.settings
+    assert isinstance(settings, TrainSettings)
+    before = {} if settings.init is None else stored_generation(Path(settings.init))
+    if before and settings.tokenizer is None:
+        return before
+    return before | generation_config(tokenizer.begin, [tokenizer.end], tokenizer.pad)
+
+
 def _data_seen(stage: Stage, corpus: Corpus) -> list[dict[str, Any]]:
     """What the weights had seen before this run, and its own data."""
     assert isinstance(stage.settings, TrainSettings)
-    init = stage.settings.init
-    before = stage.state["record"]["data"][:-1] if stage.state else data_seen(Path(init)) if init else []
+    parents = [Path(folder) for folder in (stage.settings.init, stage.settings.teacher) if folder is not None]
+    before = stage.state["record"]["data"][:-1] if stage.state else seen_before(parents)
     return [*before, own_data("pretrain", [source.origin for source in corpus.sources], corpus.weights)]
-
-
-def _check_room(config: ModelConfig, run: RunFolder) -> None:
-    """The checkpoints kept at one time and the model folder must fit, beside what is there already."""
-    count = budget.parameters(config).total
-    there = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
-    needed = 5 * 12 * count + 4 * count - there  # weights and two moments in fp32: three, one kept for good, one new
-    require_space(run.path, max(needed, 16 * count), "this run (five checkpoints and the model)")
 
 
 def _place_tokenizer(
@@ -175,7 +235,8 @@ def _place_tokenizer(
     """Put the run's tokenizer in its place: its own from before, the prepared data's, the given one, or a new one."""
     if run.config.exists() and (run.tokenizer / "tokenizer.json").exists():
         return
-    given = find_tokenizer(settings.tokenizer, cache_folder()) if settings.tokenizer else origin.tokenizer
+    named = settings.tokenizer or (settings.teacher if settings.init is None else None)
+    given = find_tokenizer(named, cache_folder()) if named else origin.tokenizer
     for source in corpus.sources:
         if isinstance(source, PreparedSource):
             prepared = Tokenizer(source.tokenizer)
@@ -207,23 +268,19 @@ def _place_tokenizer(
             given.copy_to(folder)
 
 
-def _build(config: ModelConfig, stage: Stage) -> Transformer:
-    """The model without weights."""
-    raw = Transformer(config, seed=None)
-    raw.checkpointing = stage.fit.checkpointing
-    if compiles(stage.settings, stage.device):
-        raw.compile_parts()
-    return raw
-
-
-def _first_values(origin: Origin, config: ModelConfig, seed: int) -> Values:
+def _weights(stage: Stage, student: Student) -> Values:
     """The weights that a run starts from: drawn by the seed, or those of a model folder.
 
-    Those of a checkpoint are read later, each rank its part.
+    Those of a checkpoint are read later, each rank its part; a checkpoint of adapters lacks those beside them.
     """
-    if origin.init is None or (origin.init / "state.json").exists():
-        return lambda name, shape: initial_weight(name, shape, config, seed)
-    return our_values(origin.init, config)
+    settings, architecture = stage.settings, student.architecture
+    assert isinstance(settings, TrainSettings)
+    folder = stage.origin.init
+    if student.lora.rank is not None:
+        folder = Path(known(settings.init))
+    if folder is None or (folder / "state.json").exists():
+        return lambda name, shape: initial_weight(name, shape, architecture.shape, settings.seed)
+    return architecture.read(folder)
 
 
 def _workers(settings: TrainSettings, corpus: Corpus, device: torch.device, world: int) -> int:

@@ -11,8 +11,6 @@ from common.errors import UserError
 from common.run_folder import RunFolder
 from common.settings import differences, read_yaml
 from data.tokenizer import Tokenizer
-from models.hf_config import read_config
-from models.sizes import ModelConfig
 from train import checkpoint
 from train.settings import Run, RunSettings
 
@@ -53,15 +51,14 @@ def adopt_stored(settings: Run, run: RunFolder) -> Run:
     return settings if stored is None else _fill(settings, stored)
 
 
-def stored_shape(settings: RunSettings, run: RunFolder) -> ModelConfig | None:
-    """The shape of the model in the checkpoint to go on from; None for a new run."""
+def stored_model(settings: RunSettings, run: RunFolder) -> Path | None:
+    """A checkpoint with the ``config.json`` of the model that the run goes on with; None for a new run."""
     asked = _asked_for(settings, run)
     if asked is not None:
-        return read_config(asked)
+        return asked
     steps = checkpoint.steps_in(run.checkpoints)
     readable = [run.checkpoints / f"step-{step:07d}" for step in reversed(steps)]
-    found = next((path for path in readable if (path / "config.json").exists()), None)
-    return None if found is None else read_config(found)
+    return next((path for path in readable if (path / "config.json").exists()), None)
 
 
 def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], None], init: str | None) -> Origin:

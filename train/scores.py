@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from common.console import Console
+from common.errors import UserError
 from data.tokenizer import Tokenizer
 from models.transformer import Transformer
 from train.settings import ScoreInLoop
@@ -44,6 +45,10 @@ class LoopScores:
         self._asked, self._stage, self._tokenizer, self._model = asked, stage, tokenizer, model
         self._batch_tokens, self._tokens = batch_tokens, tokens
         self._steps = max(1, round(evaluate_every / batch_tokens))
+        if _sharded(model) and not isinstance(model, Transformer):
+            raise UserError(
+                "--eval.scores takes sharded models of our own shapes only; use --strategy ddp, or leave it"
+            )
         if stage.job.rank == 0:
             from scoring.quick.rows import read_rows
 
@@ -88,13 +93,17 @@ class LoopScores:
 
 def whole(model: nn.Module) -> nn.Module:
     """A model with every weight whole on this rank: itself, or of a sharded one a copy. All ranks call it."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not _sharded(model):
         return model
     assert isinstance(model, Transformer)
     with torch.device("meta"):
         copy = Transformer(model.config, seed=None)
     copy.load_state_dict({name: _full(value) for name, value in model.state_dict().items()}, assign=True)
     return copy
+
+
+def _sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _full(value: Tensor) -> Tensor:

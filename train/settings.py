@@ -16,13 +16,26 @@ from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
 from data.settings import LoaderSettings, Mix
 from models import budget
-from models.hf_config import read_config
+from models.hf_config import is_ours, read_values, taken_shape
 from models.sizes import ModelConfig, adapt, size
 from scoring.quick import TASKS as QUICK
+from train.learning import DistillSettings, LoraSettings
 from train.plan import check_micro_batch, share_of_rows
 from train.slurm import Request
 
 Run = TypeVar("Run", bound="RunSettings")
+
+SEQ_LEN = 2_048
+"""The longest default row of a recovery or of a foreign model, whose context may be a hundred thousand tokens."""
+
+LEAST_BATCH = 2**14
+"""Tokens in the smallest default batch."""
+
+RECOVERY_BATCH = 2**10
+"""The same with --init and --teacher: a recovery may be as short as some ten thousand tokens, and needs steps."""
+
+RECOVERY_RATE = 5e-4
+"""Default learning rate at width 768 with --init and --teacher."""
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -46,8 +59,8 @@ class OptimizerSettings:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW."""
     lr: float | None = None
-    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3;
-    fine-tuning 2e-5 at 4096, adapters 2e-4."""
+    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3, with
+    --init and --teacher 5e-4 at 768; fine-tuning 2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
@@ -259,7 +272,13 @@ class PretrainSettings:
     tokenizer: str | None = None
     """A tokenizer's folder, a model folder or a name on the hub. Default: one is trained before the first step."""
     init: str | None = None
-    """Start a new run from the weights of a model folder or a checkpoint."""
+    """Start a new run from the weights of a model folder (also Llama, Qwen2, Qwen3 or Phi) or a checkpoint."""
+    teacher: str | None = None
+    """Model folder to learn from beside the text, as a pruned model recovers from the whole one (distillation)."""
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    """The teacher."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapters."""
     skip_bad_shards: bool = field(default=False, metadata=MAY_CHANGE)
     """Pass over shards that cannot be decompressed, and count them, instead of stopping."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -273,6 +292,13 @@ class PretrainSettings:
 @dataclass
 class TrainSettings(RunSettings, PretrainSettings):  # fields of the last base come first, in the help too
     """Pre-train a language model from text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None and self.distill != DistillSettings():
+            raise ValueError("--distill.weight and --distill.temperature belong to --teacher")
+        if self.lora.rank is not None and self.init is None:
+            raise ValueError("--lora.rank trains adapters beside the weights of --init")
 
 
 @dataclass
@@ -304,16 +330,16 @@ def run_settings(command: TrainCommand) -> TrainSettings:
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
-    """The shape to train: the size's, or with ``--init`` that of the given weights.
+    """The shape to train: the size's, or with ``--init`` that of the given weights, of foreign ones the nearest.
 
     Raises:
-        UserError: ``--size`` names another shape than ``--init`` holds.
+        UserError: ``--size`` names another shape than ``--init`` holds, or rows are longer than foreign weights take.
     """
     changes = {"vocab": settings.model.vocab, "qk_norm": settings.model.qk_norm}
     if settings.init is None:
         config = adapt(size(settings.size or "125m").config, **changes)  # type: ignore[arg-type]
     else:
-        config = read_config(Path(settings.init))
+        config = taken_shape(Path(settings.init))
         for name, value in changes.items():
             if value is not None and value != getattr(config, name):
                 flag = name.replace("_", "-")
@@ -325,24 +351,38 @@ def model_config(settings: TrainSettings) -> ModelConfig:
             if named != config:
                 raise UserError(f"--init {settings.init} holds {config}, but --size {settings.size} is {named}")
     if settings.seq_len is not None and settings.seq_len > config.context:
+        if not trains_ours(settings):
+            raise UserError(f"--seq-len {settings.seq_len} is longer than the context of --init, {config.context}")
         config = adapt(config, context=settings.seq_len)
     return config
 
 
-def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> TrainSettings:
+def trains_ours(settings: TrainSettings) -> bool:
+    """Whether the model of a new run is our transformer, not one of transformers' own."""
+    return settings.init is None or is_ours(read_values(Path(settings.init)))
+
+
+def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own: bool = True) -> TrainSettings:
     """Fill in every default that follows from the shape and the budget.
 
     Args:
         settings: as given.
         config: the shape.
         world: devices that share the batch.
+        own: whether the model is our transformer.
 
     Raises:
-        UserError: as :func:`resolve_run`, or the streams cannot be shared evenly.
+        UserError: as :func:`resolve_run` and :func:`check_whole`, the streams cannot be shared evenly, or z-loss is
+            asked for where there is none.
     """
+    check_whole(settings, settings.lora, own=own)
+    if settings.model.z_loss and (settings.teacher is not None or not own):
+        raise UserError("--model.z-loss is for our own models without a teacher; leave it out")
     tokens = settings.tokens or Count(budget.default_tokens(config))
-    seq_len = settings.seq_len or Count(config.context)
-    rows = max(1, round(default_batch_tokens(tokens) / seq_len / world)) * world
+    recovers = settings.init is not None and settings.teacher is not None
+    seq_len = settings.seq_len or Count(min(config.context, SEQ_LEN) if recovers or not own else config.context)
+    batch_tokens = default_batch_tokens(tokens, least=RECOVERY_BATCH if recovers else LEAST_BATCH)
+    rows = max(1, round(batch_tokens / seq_len / world)) * world
     batch = settings.batch_tokens or Count(rows * seq_len)
     held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 20, batch))
@@ -353,15 +393,42 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1) -> Tra
         seq_len=seq_len,
         batch_tokens=batch,
         run=run_name(settings),
-        optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or min(4e-3, 1e-3 * 768 / config.width)),
+        optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or _rate(settings, config)),
+        lora=fill_alpha(settings.lora),
         model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
         eval=replace(settings.eval, every=every, tokens=held_out),
     )
     resolved = resolve_run(resolved, world)
     if resolved.eval.scores is not None and settings.strategy.startswith("deepspeed-3"):
         raise UserError(f"--eval.scores needs whole weights, which --strategy {settings.strategy} has not; use fsdp")
+    if resolved.eval.scores is not None and settings.lora.rank is not None:
+        raise UserError("--eval.scores scores plain weights; leave it or --lora.rank out")
     check_streams(settings.loader, world)
     return resolved
+
+
+def _rate(settings: TrainSettings, config: ModelConfig) -> float:
+    """The default peak learning rate, as :class:`OptimizerSettings` tells it."""
+    if settings.lora.rank is not None:
+        return 2e-4 * 4096 / config.width
+    if settings.init is not None and settings.teacher is not None:
+        return RECOVERY_RATE * 768 / config.width
+    return min(4e-3, 1e-3 * 768 / config.width)
+
+
+def check_whole(settings: RunSettings, lora: LoraSettings, *, own: bool) -> None:
+    """UserError when muon or DeepSpeed is asked for where not all weights of a model of ours are trained."""
+    if own and lora.rank is None:
+        return
+    if settings.optimizer.name == "muon":
+        raise UserError("muon trains whole matrices of our own models; use --optimizer.name adamw")
+    if settings.strategy.startswith("deepspeed"):
+        raise UserError(f"--strategy {settings.strategy} takes our own models without adapters; use --strategy fsdp")
+
+
+def fill_alpha(lora: LoraSettings) -> LoraSettings:
+    """Twice the rank where nothing else is asked for."""
+    return lora if lora.rank is None else replace(lora, alpha=lora.alpha or 2 * lora.rank)
 
 
 def resolve_run(settings: Run, world: int) -> Run:
@@ -421,13 +488,13 @@ def check_streams(loader: LoaderSettings, world: int) -> None:
         )
 
 
-def default_batch_tokens(tokens: int) -> int:
-    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 and 2^20.
+def default_batch_tokens(tokens: int, *, least: int = LEAST_BATCH) -> int:
+    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 (or ``least``) and 2^20.
 
     The batch size up to which more rows save steps grows about as the root of the tokens trained on
     (Zhang et al., arXiv:2410.21676).
     """
-    return int(2 ** min(20, max(14, round(19 + math.log2(tokens / 2.5e9) / 2))))
+    return min(2**20, max(least, 2 ** max(0, round(19 + math.log2(tokens / 2.5e9) / 2))))
 
 
 def run_name(settings: TrainSettings) -> str:

@@ -16,7 +16,16 @@ from common.errors import UserError
 from common.files import write_text
 from common.settings import parse, read_yaml
 from train.plan import share_of_rows
-from train.settings import TrainCommand, check_streams, model_config, resolve, run_name, run_path, run_settings
+from train.settings import (
+    TrainCommand,
+    check_streams,
+    model_config,
+    resolve,
+    run_name,
+    run_path,
+    run_settings,
+    trains_ours,
+)
 from train.slurm import Request, seconds
 from train.snapshot import CHECKOUT, take_snapshot
 
@@ -142,7 +151,7 @@ def _check(command: TrainCommand, run: Path, script: Script) -> None:
     _check_limit(script.options)
     settings, stored = run_settings(command), run / "config.yaml"
     if not stored.exists():
-        resolve(settings, model_config(settings), script.world_size)
+        resolve(settings, model_config(settings), script.world_size, own=trains_ours(settings))
         return
     before = read_yaml(stored)
     batch, seq_len = settings.batch_tokens or before["batch_tokens"], settings.seq_len or before["seq_len"]

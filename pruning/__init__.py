@@ -1,0 +1,1 @@
+"""Pruning: a model folder in, a smaller plain model folder out."""

@@ -1,0 +1,55 @@
+"""``python -m pruning MODEL``: cut a model folder; ``python -m pruning import MODEL``: make a Qwen one that can be."""
+
+DESCRIPTION = """\
+Cut a model folder to a smaller plain one: fewer layers, feed-forward units, heads or tokens, the same architecture.
+Takes Llama, Qwen2, Qwen3, Phi and our own. A model may be larger than memory: it goes through block by block.
+
+examples:
+  python -m pruning Llama-3-8B --phone-memory 8GB --plan           the shapes that fit a phone, and nothing else
+  python -m pruning Llama-3-8B --phone-memory 8GB --recover        cut, then learn from the whole model, on C4
+  python -m pruning phi-2 --params 0.8 --score competition         20% fewer parameters, scored before and after
+  python -m pruning phi-2 --params 0.8 --method l1 --repair false  the competition's baseline
+  python -m pruning SmolLM2 --ffn 1016 --calibration c4-slice      a shape by hand, text in a folder
+  python -m pruning runs/demo/model --params 0.8 --calibration sample --score sample      offline, on a CPU
+
+python -m pruning import Qwen-7B                                   a first-generation Qwen as an equal Qwen2
+"""
+
+IMPORT = """\
+Make a first-generation Qwen (Qwen-7B, Qwen-1_8B, with or without -Chat) an equal Qwen2, without running its code.
+
+example:
+  python -m pruning import Qwen-7B --out Qwen-7B-qwen2
+"""
+
+
+def main() -> None:
+    """The command."""
+    from common.command import run_command
+
+    run_command(_main)
+
+
+def _main() -> None:
+    import sys
+
+    from common.settings import parse
+    from pruning.settings import ImportCommand, PruneCommand
+
+    word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if word == "import":
+        words = ["--model", *rest] if rest and not rest[0].startswith("-") else rest
+        command = parse(ImportCommand, words, prog="python -m pruning import", description=IMPORT)
+        from pruning.command import import_command
+
+        import_command(command)
+        return
+    words = ["--model", *sys.argv[1:]] if word and not word.startswith("-") else sys.argv[1:]
+    asked = parse(PruneCommand, words, prog="python -m pruning", description=DESCRIPTION)
+    from pruning.command import prune_command
+
+    prune_command(asked)
+
+
+if __name__ == "__main__":
+    main()

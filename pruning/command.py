@@ -1,0 +1,235 @@
+"""What ``python -m pruning`` does: plan, try, cut, measure, recover, score, report."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import signals
+from common.console import Console, duration
+from common.errors import UserError
+from common.files import replace_folder
+from common.settings import Count, to_dict
+from data.tokenizer import Tokenizer
+from models.hf_config import read_values, taken_values
+from pruning import qwen1
+from pruning.calibration import read_test
+from pruning.perplexity import Measured, measure
+from pruning.plan import Candidate, candidates, describe, shortlist, summary
+from pruning.prune import Report, prune
+from pruning.recover import recover
+from pruning.report import FILE, Stage, plan_table, rank_table, stage_table, write_report
+from pruning.settings import ImportCommand, PruneCommand, calibration_tokens, out_folder
+from pruning.shapes import Shape
+from pruning.vocabulary import smallest_vocabulary
+from scoring.score import score
+from scoring.settings import ScoreSettings
+
+LISTED = 12
+"""Shapes of the plan that are shown; the others are counted."""
+
+
+def import_command(command: ImportCommand) -> None:
+    """Write the Qwen2 that a first-generation Qwen is."""
+    assert command.model is not None
+    folder, console = Path(command.model), Console()
+    out = out_folder(command.model, command.out, "qwen2")
+    _check_out(out, folder, "palmtop.json")
+    console.settings("import", to_dict(command) | {"out": str(out)})
+    qwen1.convert(folder, out, console.say)
+    console.say(f"model: {out}\nnext: python -m pruning {out} --phone-memory 8GB --plan")
+
+
+def prune_command(command: PruneCommand) -> None:
+    """Cut a model folder as asked, or show the plan.
+
+    Raises:
+        UserError: anything that the user can put right; no folder is left half-written.
+    """
+    assert command.model is not None
+    folder, console = Path(command.model), Console()
+    out = out_folder(command.model, command.out, "pruned")
+    if qwen1.is_qwen1(read_values(folder)):
+        raise UserError(
+            f"{folder} is a first-generation Qwen, which runs code of its own; make it an equal Qwen2 first: "
+            f"python -m pruning import {folder}"
+        )
+    values = taken_values(folder)
+    command = replace(command, tokens=Count(calibration_tokens(command, Shape.of(values).ffn)))
+    found = candidates(values, command, smallest_vocabulary(folder, command.chinese_tokens))
+    tried = shortlist(values, found, command.rank)
+    shown = to_dict(command) | {"out": str(out), "measure": ",".join(command.texts)}
+    console.settings("pruning", shown if command.recover else {**shown, "recovery": None})
+    _show_plan(console, values, command, found, tried)
+    if command.plan:
+        console.say("next: the same command without --plan")
+        return
+    _check_out(out, folder, FILE)
+    _Pruning(command, folder, out, console).run(tried)
+
+
+class _Pruning:
+    """One run of the command."""
+
+    def __init__(self, command: PruneCommand, folder: Path, out: Path, console: Console) -> None:
+        self.command, self.folder, self.out, self.console = command, folder, out, console
+        self.device = _device(command.device)
+        tokenizer = Tokenizer(folder)
+        self.texts = [read_test(name, tokenizer, command.measure_tokens) for name in command.texts]
+        self.trials: list[dict[str, Any]] = []
+
+    def run(self, tried: Sequence[Candidate]) -> None:
+        """Everything that was asked for."""
+        command, console = self.command, self.console
+        stages = [self._stage("before", self.folder, self._losses("the model as it is", self.folder))]
+        losses, report = self._cut(tried)
+        stages.append(self._stage("after", self.out, losses))
+        write_report(self.out, stages, {"trials": self.trials})
+        models = [self.folder, self.out]
+        if command.recover:
+            console.say(stage_table(stages))
+            signals.install()  # the training saves and stops by them
+            models.append(recover(self.out, self.folder, command.recovery, console.say, device=command.device))
+            signals.clear()
+            stages.append(self._stage("recovered", models[-1], self._losses("the recovered model", models[-1])))
+        if command.score is not None:
+            stages = [replace(stage, scores=self._scores(model)) for stage, model in zip(stages, models, strict=True)]
+        for model in models[1:]:
+            write_report(model, stages, {"trials": self.trials})
+        console.say(stage_table(stages))
+        console.say(_cost(report))
+        console.say(f"report: {models[-1] / FILE}\nmodel: {models[-1]}\nnext: python -m scoring {models[-1]}")
+
+    def _cut(self, tried: Sequence[Candidate]) -> tuple[list[Measured], Report]:
+        """Write the model, of several shapes the one with the fewest bits per byte of the first text.
+
+        Returns:
+            Its losses, and what was done to it.
+        """
+        if len(tried) == 1:
+            report = self._prune(tried[0].shape, self.out)
+            return self._losses("the pruned model", self.out), report
+        trials = [self.out.with_name(f".{self.out.name}.{number}.tmp") for number in range(len(tried))]
+        losses: list[list[Measured]] = []
+        reports: list[Report] = []
+        best = 0
+        try:
+            for number, (one, trial) in enumerate(zip(tried, trials, strict=True)):
+                self.console.say(f"trying shape {number + 1} of {len(tried)}: {summary(one.shape)}")
+                reports.append(self._prune(one.shape, trial))
+                losses.append(self._losses(f"shape {number + 1}", trial))
+                worse = number
+                if losses[number][0].bits_per_byte < losses[best][0].bits_per_byte:
+                    best, worse = number, best
+                if worse != best:
+                    shutil.rmtree(trials[worse])
+            replace_folder(trials[best], self.out)
+        finally:
+            for trial in trials:
+                shutil.rmtree(trial, ignore_errors=True)
+        bits = [one[0].bits_per_byte for one in losses]
+        self.console.say(rank_table(tried, bits))
+        self.trials = [
+            {
+                "shape": asdict(one.shape),
+                "parameters": one.parameters,
+                "text": self.texts[0].name,
+                "bits_per_byte": found,
+            }
+            for one, found in zip(tried, bits, strict=True)
+        ]
+        return losses[best], reports[best]
+
+    def _prune(self, shape: Shape, out: Path) -> Report:
+        command = self.command
+        return prune(
+            self.folder,
+            out,
+            shape,
+            command,
+            self.device,
+            chinese_tokens=command.chinese_tokens,
+            console=self.console,
+        )
+
+    def _losses(self, what: str, folder: Path) -> list[Measured]:
+        """The losses on all texts, with progress."""
+        self.console.start(1, 0)
+        try:
+            return measure(
+                folder,
+                self.texts,
+                self.device,
+                progress=lambda done, total: self._progress(what, done, total),
+            )
+        finally:
+            self.console.stop()
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 4) == 0:
+            self.console.progress(done, total, {"measuring": what, "block": f"{done} of {total}"})
+
+    def _stage(self, name: str, folder: Path, losses: Sequence[Measured]) -> Stage:
+        return Stage.of(name, folder, self.command.context, losses)
+
+    def _scores(self, folder: Path) -> dict[str, float | None]:
+        """The scores of a model folder by task, their mean, and its throughput on this machine."""
+        assert self.command.score is not None
+        settings = ScoreSettings(
+            suite=self.command.score,
+            data=self.command.score_data,
+            limit=self.command.score_limit,
+            device=self.command.device,
+        )
+        found = score(folder, settings, self.console)
+        scores = {one.name: one.score for one in [*found.competition, *found.quick]}
+        if found.means is not None:
+            scores["geometric mean"] = found.means.geometric
+        marks = f" ({', '.join(mark.partition(':')[0] for mark in found.marks)})" if found.marks else ""
+        speed = {} if found.speed is None else {"throughput, passes/s": found.speed["throughput"]}
+        return {name + marks: value for name, value in scores.items()} | speed
+
+
+def _cost(report: Report) -> str:
+    """What the cut was decided by, and its time, in a line."""
+    took = f"cut in {duration(report.seconds)}"
+    if report.calibration is None:
+        return f"{took}, without calibration"
+    found = report.calibration
+    sources = ", ".join(f"{one['documents']:,} documents of {one['source']}" for one in found["sources"])
+    outside = " (not C4 alone, so outside track 1's rules)" if found["outside_track_1"] else ""
+    return f"calibrated on {found['tokens']:,} tokens, seed {found['seed']}: {sources}{outside}; {took}"
+
+
+def _show_plan(
+    console: Console,
+    values: dict[str, Any],
+    command: PruneCommand,
+    found: Sequence[Candidate],
+    tried: Sequence[Candidate],
+) -> None:
+    """The shapes that meet the target, the tried ones among them."""
+    listed = [one for number, one in enumerate(found) if number < LISTED or one in tried]
+    console.say(f"shapes for {describe(command)}, those to be tried numbered")
+    console.say(plan_table(values, listed, tried))
+    if len(found) > len(listed):
+        console.say(f"and {len(found) - len(listed):,} more")
+
+
+def _check_out(out: Path, folder: Path, mark: str) -> None:
+    """Raise a UserError where writing ``out`` would destroy something that this command has not made."""
+    if out.absolute() == folder.absolute():
+        raise UserError(f"--out {out} is the model itself; choose another folder")
+    if out.exists() and not (out / mark).exists():
+        raise UserError(f"{out} is there already and holds no {mark}; choose another --out")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here that torch can use")
+    return torch.device(name)

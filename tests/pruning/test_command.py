@@ -1,0 +1,222 @@
+"""The command from its help to its last line."""
+
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
+
+from data.tokenizer import Tokenizer
+from pruning import __main__ as door
+from pruning.shapes import Shape, parameters
+from pruning.vocabulary import KEPT_FILE
+from tests.conftest import make_text, run_command, write_corpus
+from tests.pruning.test_qwen1 import write_qwen
+from tests.pruning.test_shapes import LLAMA_3, PHI_2
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus large enough to calibrate on."""
+    rng = random.Random(5)
+    shards = [[make_text(rng, 60) for _ in range(80)] for _ in range(2)]
+    return write_corpus(tmp_path_factory.mktemp("text"), shards, [make_text(rng, 60) for _ in range(6)])
+
+
+@pytest.fixture(scope="module")
+def curt_phi(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Phi that ends every answer at once, by the bias of its head: it is scored in seconds."""
+    folder = tmp_path_factory.mktemp("curt") / "phi"
+    config = PhiConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.begin,
+        eos_token_id=tokenizer.end,
+    )
+    model = PhiForCausalLM(config)
+    model.lm_head.bias.data[tokenizer.end] = 100.0
+    model.save_pretrained(folder)
+    tokenizer.copy_to(folder)
+    return folder
+
+
+def pruning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
+) -> tuple[int, str, str]:
+    """The command in this process: how it ended, what it printed, and its error."""
+    monkeypatch.setattr(sys, "argv", ["pruning", *map(str, words)])
+    code = 0
+    try:
+        door.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def small(text: Path) -> list[str | Path]:
+    return ["--calibration", text, "--tokens", "2k", "--seq-len", "64", "--measure", text, "--measure-tokens", "400"]
+
+
+def test_help_is_quick_and_has_examples() -> None:
+    done = run_command("-X", "importtime", "-m", "pruning", "--help")
+    assert done.returncode == 0
+    for line in (
+        "--phone-memory PHONE_MEMORY",
+        "--params 0.8 --calibration sample --score sample",
+        "--recovery.tokens",
+    ):
+        assert line in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "tokenizers", "lightning", "datasets"}
+
+
+def test_a_plan_needs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    code, out, _ = pruning(monkeypatch, capsys, tmp_path, "--phone-memory", "8GB", "--vocab", "keep", "--plan")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "tokens: 229376" in lines  # what 14,336 units ask for
+    assert "shapes for 8 GB on the phone at 1,024 tokens, those to be tried numbered" in lines
+    assert any(line.startswith("now 32 14,336 32 / 8 128,256 8,030,261,248 16.4 GB") for line in lines)
+    assert any(line.startswith("try 1 25 5,632") and "(-52.3%)" in line for line in lines), out
+    assert "more" in lines[-2]
+    (tmp_path / "config.json").write_text(json.dumps(PHI_2))
+    code, _, err = pruning(monkeypatch, capsys, tmp_path, "--phone-memory", "8GB", "--plan")
+    assert code == 2
+    assert "error: the model fits as it is: 6.09 GB of the 8 GB" in err
+
+
+def test_a_model_is_cut_by_a_shape(
+    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = pruning(monkeypatch, capsys, micro_model, "--ffn", "48", "--out", tmp_path / "out", *small(text))
+    assert code == 0, out
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert Shape.of(values).ffn == 48
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    before, after = report["stages"]
+    assert (before["name"], after["name"]) == ("before", "after")
+    assert after["parameters"] == parameters(values, Shape.of(values))
+    assert report["calibration"]["tokens"] == 2048
+    assert report["calibration"]["outside_track_1"]
+    assert f"model: {tmp_path / 'out'}" in out
+    assert "feed-forward width" in out
+    assert "calibrated on 2,048 tokens, seed 0: " in out
+    assert "outside track 1's rules); cut in " in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(parameter.numel() for parameter in model.parameters()) == after["parameters"]
+
+
+def test_the_best_of_several_shapes_is_kept(
+    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--params", "0.8", "--rank", "2", "--out", tmp_path / "out", *small(text)]
+    code, out, err = pruning(monkeypatch, capsys, micro_model, *words)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    bits = [trial["bits_per_byte"] for trial in report["trials"]]
+    best = report["trials"][bits.index(min(bits))]
+    assert len({trial["shape"]["vocab"] for trial in report["trials"]}) == 2
+    assert best["shape"] == report["stages"][1]["shape"]
+    assert min(bits) == pytest.approx(report["stages"][1]["losses"][0]["bits_per_byte"])
+    assert "kept" in out
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_cut_vocabulary_gives_a_working_folder(
+    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--vocab", "320", "--repair", "false", "--out", tmp_path / "out", *small(text)]
+    code, _, err = pruning(monkeypatch, capsys, micro_model, *words)
+    assert code == 0, err
+    kept = json.loads((tmp_path / "out" / KEPT_FILE).read_text())
+    whole, small_one = (AutoModelForCausalLM.from_pretrained(folder) for folder in (micro_model, tmp_path / "out"))
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (micro_model, tmp_path / "out"))
+    words_kept = [token for token in range(320) if kept[token] != before.unk_token_id][20:50]
+    with torch.no_grad():
+        full = whole(torch.tensor([[kept[one] for one in words_kept]])).logits
+        torch.testing.assert_close(small_one(torch.tensor([words_kept])).logits, full[..., kept])
+    assert kept[after.eos_token_id] == before.eos_token_id
+    assert small_one.config.eos_token_id == after.eos_token_id == small_one.generation_config.eos_token_id
+
+
+def test_recovery_and_scores_follow(
+    curt_phi: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recovery = ["--recover", "--recovery.data", text, "--recovery.tokens", "2k", "--recovery.seq-len", "64"]
+    scores = ["--score", "sample", "--score-limit", "1"]
+    words = ["--ffn", "48", "--out", "out", *small(text), *recovery, *scores]
+    code, out, err = pruning(monkeypatch, capsys, curt_phi, *words)
+    assert code == 0, err
+    (recovered,) = tmp_path.glob("out-recovery-*/model")
+    for folder in (tmp_path / "out", recovered):
+        stages = json.loads((folder / "pruning.json").read_text())["stages"]
+        assert [stage["name"] for stage in stages] == ["before", "after", "recovered"]
+        assert all("gsm8k (sample, limit)" in stage["scores"] for stage in stages)
+    assert Path(stages[2]["folder"]).absolute() == recovered
+    assert "throughput, passes/s" in out
+    assert f"next: python -m scoring {stages[2]['folder']}" in out
+
+
+def test_bad_input_is_one_message_and_leaves_nothing(
+    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(micro_model, pickled)
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    qwen = write_qwen(tmp_path / "Qwen")
+    others = tmp_path / "mine"
+    others.mkdir()
+    (others / "diary.txt").write_text("dear diary")
+    words = small(text)
+    for asked, message in [
+        ([micro_model], "give a target: --params 0.8"),
+        (["--params", "0.8"], "give the model folder to cut"),
+        ([micro_model, "--params", "1.2"], "--params: '1.2' is not a whole number"),
+        ([micro_model, "--phone-memory", "much"], "--phone-memory: 'much' is no amount of memory"),
+        ([micro_model, "--params", "0.8", "--phone-memory", "1GB"], "are two targets; give one"),
+        ([tmp_path, "--params", "0.8"], "is no model folder: it has no config.json"),
+        ([micro_model, "--params", "0.01"], "no legal shape of this model meets 1.0% of the parameters; the nearest"),
+        ([pickled, "--ffn", "48", *words], "holds no model*.safetensors; weights in other formats must be converted"),
+        ([micro_model, "--ffn", "48", *words, "--tokens", "9M"], "too few"),
+        ([micro_model, "--ffn", "48", *words, "--calibration", "nowhere"], "there is no source 'nowhere'"),
+        ([micro_model, "--ffn", "48", *words, "--out", others], "holds no pruning.json; choose another --out"),
+        ([micro_model, "--ffn", "48", *words, "--out", micro_model], "is the model itself"),
+        ([qwen, "--params", "0.8"], "first-generation Qwen, which runs code of its own; make it an equal Qwen2 first"),
+        ([micro_model, "--params", "0.8", "--recovery.tokens", "5k"], "--recovery.* belongs to --recover"),
+        ([micro_model, "--params", "0.8", "--score", "mmlu"], "--score mmlu is no suite"),
+        (["import"], "give the folder of a first-generation Qwen"),
+        (["import", micro_model, "--out", tmp_path / "q"], "is a Qwen3ForCausalLM, not a first-generation Qwen"),
+    ]:  # fmt: skip
+        out = [] if "--out" in asked or asked[0] == "import" else ["--out", tmp_path / "out"]
+        code, _, err = pruning(monkeypatch, capsys, *asked, *out)
+        assert (code, err.count("\n")) == (2, 1), (asked, err)
+        assert message in err, (message, err)
+    assert {one.name for one in tmp_path.iterdir()} == {"pickled", "Qwen", "mine"}
+    assert (others / "diary.txt").exists()
+
+
+def test_a_qwen_is_imported_and_then_cut(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qwen = write_qwen(tmp_path / "Qwen")
+    code, out, err = pruning(monkeypatch, capsys, "import", qwen)
+    assert code == 0, err
+    assert f"next: python -m pruning {tmp_path / 'Qwen-qwen2'}" in out
+    words = ["--ffn", "40", *small(text), "--seq-len", "24", "--tokens", "1k"]
+    code, out, err = pruning(monkeypatch, capsys, tmp_path / "Qwen-qwen2", *words)
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "Qwen-qwen2-pruned").config.intermediate_size == 40
