@@ -47,7 +47,7 @@ class LoopScores:
         self._steps = max(1, round(evaluate_every / batch_tokens))
         if _sharded(model) and not isinstance(model, Transformer):
             raise UserError(
-                "--eval.scores takes sharded models of our own shapes only; use --strategy ddp, or leave it"
+                "--eval.scores takes sharded models of our own shapes only; use --strategy ddp"
             )
         if stage.job.rank == 0:
             from scoring.quick.rows import read_rows
