@@ -63,7 +63,11 @@ class Bench:
 
     def settings(self, **changes: Any) -> CutSettings:
         """Of a variant of ours."""
-        given: dict[str, Any] = {"calibration": self.mix, "tokens": Count(self.rows * self.length), "seq_len": Count(self.length)}
+        given: dict[str, Any] = {
+            "calibration": self.mix,
+            "tokens": Count(self.rows * self.length),
+            "seq_len": Count(self.length),
+        }
         return CutSettings(**(given | changes))
 
     def ours(self, name: str, out: Path) -> None:

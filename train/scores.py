@@ -46,9 +46,7 @@ class LoopScores:
         self._batch_tokens, self._tokens = batch_tokens, tokens
         self._steps = max(1, round(evaluate_every / batch_tokens))
         if _sharded(model) and not isinstance(model, Transformer):
-            raise UserError(
-                "--eval.scores takes sharded models of our own shapes only; use --strategy ddp"
-            )
+            raise UserError("--eval.scores takes sharded models of our own shapes only; use --strategy ddp")
         if stage.job.rank == 0:
             from scoring.quick.rows import read_rows
 

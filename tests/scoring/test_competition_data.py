@@ -74,7 +74,7 @@ def test_truthfulqa_of_2025_is_refused(shared: Path, tmp_path: Path) -> None:
         ("gsm8k", b'{"question": "1?", "answer": "#### 1"}\n{"question":', "is damaged or no file of this task"),
         ("gsm8k", b'{"question": "1?", "answer": "#### 1"}\n{"question": "2?"}', "row 2 of .* is no question of gsm8k"),
         ("gsm8k", b"", "has no rows"),
-        ("gsm8k", gzip.compress(b"{}" * 99)[:-9], "cannot be read"),
+        ("gsm8k", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be read"),
         ("gsm8k", b"\xff\xfe", "is damaged or no file of this task"),
         (
             "chid",
