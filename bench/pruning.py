@@ -63,12 +63,8 @@ class Bench:
 
     def settings(self, **changes: Any) -> CutSettings:
         """Of a variant of ours."""
-        given: dict[str, Any] = {
-            "calibration": self.mix,
-            "tokens": Count(self.rows * self.length),
-            "seq_len": Count(self.length),
-        }
-        return CutSettings(**(given | changes))
+        tokens = Count(self.rows * self.length)
+        return CutSettings(calibration=self.mix, tokens=tokens, seq_len=Count(self.length), **changes)
 
     def ours(self, name: str, out: Path) -> None:
         """Cut by this project."""
@@ -76,7 +72,7 @@ class Bench:
 
     def peer(self, name: str, out: Path) -> None:
         """Cut by Torch-Pruning: the feed-forward units of every layer, those of least importance by its own measure."""
-        import torch_pruning as tp
+        import torch_pruning as tp  # type: ignore[import-not-found]
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()

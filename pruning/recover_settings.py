@@ -19,7 +19,7 @@ class RecoverSettings:
     seq_len: Count | None = None
     """Tokens in a row. Default: the context, at most 2,048, on a CPU 512."""
     batch_tokens: Count | None = None
-    """Tokens in a global batch. Default: grows with the root of the budget, from 1,024."""
+    """Tokens in a global batch. Default: grows with the root of the budget; so small that there are 128 steps."""
     lr: float | None = None
     """Peak learning rate. Default, in inverse proportion to the width: 5e-4 at 768, of adapters 2e-4 at 4096."""
     distill: DistillSettings = field(default_factory=lambda: DistillSettings(weight=0.9))

@@ -14,7 +14,8 @@ from pruning.statistics import Moments
 
 RIDGE = 2.5
 """r·M / U: the fewer tokens there are for each unit, the less they are to be believed. On SmolLM2 with 24 tokens for
-each unit r = 0.1 did best on held-out text, 0.01 and 0.3 little worse."""
+each unit r = 0.1 left the least error in the hidden states after the first two blocks, on 2,048 tokens of C4's
+validation part; 0.01 little more, 0.3 some 4% and 1 some 20% more. Perplexity was not compared."""
 
 
 def refit(linear: nn.Linear, moments: Moments, ridge: float = RIDGE) -> None:

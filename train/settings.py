@@ -28,11 +28,8 @@ Run = TypeVar("Run", bound="RunSettings")
 SEQ_LEN = 2_048
 """The longest default row of a recovery or of a foreign model, whose context may be a hundred thousand tokens."""
 
-LEAST_BATCH = 2**14
-"""Tokens in the smallest default batch."""
-
-RECOVERY_BATCH = 2**10
-"""The same with --init and --teacher: a recovery may be as short as some ten thousand tokens, and needs steps."""
+RECOVERY_STEPS = 128
+"""The least steps that a run with --init and --teacher takes by default, however small its budget."""
 
 RECOVERY_RATE = 5e-4
 """Default learning rate at width 768 with --init and --teacher."""
@@ -214,7 +211,8 @@ class RunSettings:
     seq_len: Count | None = None
     """Tokens in a row. Default: the size's context."""
     batch_tokens: Count | None = None
-    """Tokens in a global batch. Default: grows with the root of the budget, 2^14 to 2^20."""
+    """Tokens in a global batch. Default: grows with the root of the budget, 2^14 to 2^20; with --init and --teacher so
+    small that there are 128 steps."""
     run: str | None = field(default=None, metadata=MAY_CHANGE)
     """Name (under runs/) or path of the run folder. Default: the size and the date, or the SLURM job."""
     resume: str = field(default="auto", metadata=MAY_CHANGE)
@@ -381,7 +379,9 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
     tokens = settings.tokens or Count(budget.default_tokens(config))
     recovers = settings.init is not None and settings.teacher is not None
     seq_len = settings.seq_len or Count(min(config.context, SEQ_LEN) if recovers or not own else config.context)
-    batch_tokens = default_batch_tokens(tokens, least=RECOVERY_BATCH if recovers else LEAST_BATCH)
+    batch_tokens = default_batch_tokens(tokens)
+    if recovers:
+        batch_tokens = min(batch_tokens, tokens // RECOVERY_STEPS)
     rows = max(1, round(batch_tokens / seq_len / world)) * world
     batch = settings.batch_tokens or Count(rows * seq_len)
     held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
@@ -488,13 +488,13 @@ def check_streams(loader: LoaderSettings, world: int) -> None:
         )
 
 
-def default_batch_tokens(tokens: int, *, least: int = LEAST_BATCH) -> int:
-    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 (or ``least``) and 2^20.
+def default_batch_tokens(tokens: int) -> int:
+    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 and 2^20.
 
     The batch size up to which more rows save steps grows about as the root of the tokens trained on
     (Zhang et al., arXiv:2410.21676).
     """
-    return min(2**20, max(least, 2 ** max(0, round(19 + math.log2(tokens / 2.5e9) / 2))))
+    return int(2 ** min(20, max(14, round(19 + math.log2(tokens / 2.5e9) / 2))))
 
 
 def run_name(settings: TrainSettings) -> str:

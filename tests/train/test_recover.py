@@ -218,8 +218,10 @@ def test_adapters_are_counted_as_they_are(micro_model: Path) -> None:
 def test_a_recovery_has_defaults_of_its_own(micro_model: Path) -> None:
     words = ["--init", str(micro_model), "--teacher", str(micro_model), "--tokens", "48k"]
     settings = parse(TrainCommand, words, prog="", description="")
-    resolved = resolve(settings, model_config(settings))
-    assert resolved.batch_tokens == 2048
+    config = model_config(settings)
+    resolved = resolve(settings, config)
+    assert resolved.batch_tokens == 384
+    assert resolve(parse(TrainCommand, [*words[:-1], "50M"], prog="", description=""), config).batch_tokens == 2**16
     assert resolved.optimizer.lr == pytest.approx(5e-4 * 768 / 32)
 
 
