@@ -72,7 +72,7 @@ class Bench:
 
     def peer(self, name: str, out: Path) -> None:
         """Cut by Torch-Pruning: the feed-forward units of every layer, those of least importance by its own measure."""
-        import torch_pruning as tp  # type: ignore[import-not-found]
+        import torch_pruning as tp
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()

@@ -97,7 +97,7 @@ def test_nothing_is_left_running(battle: Battle) -> None:
 
 
 def boxed() -> set[Path]:
-    """The folders in /proc of processes that came out of a box: all have child.py's text, unless they became another."""
+    """Processes that came out of a box, in /proc: all have child.py's text, unless they became another."""
     found: set[Path] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
