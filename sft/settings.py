@@ -11,7 +11,7 @@ from common.settings import MAY_CHANGE, Count, option
 from data.settings import Mix
 from models.sizes import ModelConfig
 from train.learning import DistillSettings, LoraSettings
-from train.settings import RunSettings, check_whole, dated_name, fill_alpha, resolve_run
+from train.settings import TUNING_RATE, RunSettings, check_whole, dated_name, fill_alpha, resolve_run
 
 BATCH_TOKENS = 16_384
 """Of the default batch: some 130 conversations of Alpaca's, whose own recipe takes 128."""
@@ -153,7 +153,7 @@ def resolve(settings: SftSettings, shape: ModelConfig, *, own: bool, rows: int |
     tokens = settings.tokens if rows is None else Count(-(-rows * seq_len // batch) * batch)
     assert tokens is not None
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 10, batch))
-    rate = 2e-5 * 4096 / shape.width * (1 if settings.lora.rank is None else 10)
+    rate = TUNING_RATE / shape.width * (1 if settings.lora.rank is None else 10)
     return resolve_run(
         replace(
             settings,

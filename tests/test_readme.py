@@ -13,6 +13,8 @@ from models.budget import parameters, phone_bytes
 from models.sizes import SIZES
 from tests.conftest import ROOT, make_text, run_command, write_corpus
 from tests.data.fake_hub import C4_CARD, FakeHub
+from tests.pruning.test_qwen1 import write_qwen
+from tests.pruning.test_shapes import LLAMA_3
 from tests.scoring.eval_folder import write_eval
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +66,10 @@ SMALLER = {
     "data prepare": "--workers 1",
     "scoring prompts": "",
     "scoring rescore": "",
+    "pruning import": "",
+    "--ffn": "--tokens 2048 --seq-len 64 --measure-tokens 200 --device cpu",
+    "--layers": "--tokens 2048 --seq-len 64 --measure-tokens 200 --device cpu",
+    "-m pruning": "--tokens 2048 --seq-len 64 --measure c4 --measure-tokens 200 --rank 1 --device cpu",
     "--suite quick": "--limit 1 --text-tokens 200 --max-seq-len 64 --device cpu",
     "-m scoring": "--data eval --only chid --max-out-len 2 --limit 1 --speed false --device cpu",
 }
@@ -75,6 +81,8 @@ def smaller(line: str, number: int) -> list[str]:
     program, *words = shlex.split(line)
     assert program == ".venv/bin/python"
     less = shlex.split(next(words for kind, words in SMALLER.items() if kind in line))
+    if "--recover" in words:
+        less += shlex.split("--recovery.tokens 512 --recovery.batch-tokens 256 --recovery.seq-len 32")
     if "--devices" in words and less:
         less += ["--devices", "2"]
     if "--init" in words:
@@ -104,6 +112,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [[make_text(rng, 60) for _ in range(300)] for _ in range(2)]
     write_eval(tmp_path / "eval")
+    write_qwen(tmp_path / "Qwen-7B")
+    (tmp_path / "Llama-3-8B").mkdir()
+    (tmp_path / "Llama-3-8B" / "config.json").write_text(json.dumps(LLAMA_3))
     write_corpus(tmp_path / "my-corpus", texts, ["validation text"] * 5)
     files = {f"en/{path.name}": path.read_bytes() for path in (tmp_path / "my-corpus" / "en").iterdir()}
     chinese = {

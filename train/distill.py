@@ -70,9 +70,12 @@ class Distillation:
 def _loss(
     ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    nll = F.cross_entropy(ours_PV, targets_P, reduction="sum")
+    log_q = ours_PV.log_softmax(-1)
+    nll = F.nll_loss(log_q, targets_P, reduction="sum")
     common = min(ours_PV.shape[-1], theirs_PV.shape[-1])
-    log_q = (ours_PV[:, :common] / temperature).log_softmax(-1)
-    log_p = (theirs_PV[:, :common] / temperature).log_softmax(-1)
-    divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if temperature != 1 or common < ours_PV.shape[-1]:  # else the same again, and a pass over V is dear on a CPU
+        log_q = (ours_PV[:, :common] / temperature).log_softmax(-1)
+    theirs_PV = theirs_PV[:, :common]
+    log_p = (theirs_PV if temperature == 1 else theirs_PV / temperature).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum()
     return (1 - weight) * nll + weight * temperature**2 * divergence, nll.detach()

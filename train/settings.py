@@ -31,8 +31,8 @@ SEQ_LEN = 2_048
 RECOVERY_STEPS = 128
 """The least steps that a run with --init and --teacher takes by default, however small its budget."""
 
-RECOVERY_RATE = 5e-4
-"""Default learning rate at width 768 with --init and --teacher."""
+TUNING_RATE = 2e-5 * 4096
+"""Default learning rate, times the width, for weights that know something already: Alpaca's for LLaMA-7B."""
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -56,8 +56,8 @@ class OptimizerSettings:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW."""
     lr: float | None = None
-    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3, with
-    --init and --teacher 5e-4 at 768; fine-tuning 2e-5 at 4096; adapters 2e-4 at 4096."""
+    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3;
+    fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
@@ -410,9 +410,9 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
 def _rate(settings: TrainSettings, config: ModelConfig) -> float:
     """The default peak learning rate, as :class:`OptimizerSettings` tells it."""
     if settings.lora.rank is not None:
-        return 2e-4 * 4096 / config.width
+        return 10 * TUNING_RATE / config.width
     if settings.init is not None and settings.teacher is not None:
-        return RECOVERY_RATE * 768 / config.width
+        return TUNING_RATE / config.width
     return min(4e-3, 1e-3 * 768 / config.width)
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -16,11 +17,12 @@ from data.settings import Mix
 from data.sources import is_c4, open_source
 from data.tokenizer import Tokenizer
 from models.hf_config import taken_shape
-from pruning.recover import recover, run_of, train_settings
+from pruning.recover import adapters, recover, run_of, train_settings
 from pruning.recover_settings import RecoverSettings
 from pruning.vocabulary import choose_tokens, count_tokens, write_tokenizer
 from tests.conftest import make_text
 from train.launch import Place
+from train.learning import LoraSettings
 from train.pretrain import pretrain
 from train.settings import EvalSettings, LogSettings, OptimizerSettings, TrainSettings
 from train.teacher import Teacher
@@ -68,7 +70,7 @@ def cut(folder: Path, out: Path, ffn: int) -> Path:
 
 
 def settings_of(data: Path, **changes: object) -> RecoverSettings:
-    values = {"tokens": Count(TOKENS), "batch_tokens": Count(512), "lr": 3e-3} | changes
+    values = {"tokens": Count(TOKENS), "batch_tokens": Count(512), "lr": 3e-3, "train": "all"} | changes
     return RecoverSettings(data=Mix.parse(str(data)), **values)
 
 
@@ -149,13 +151,38 @@ def test_a_cut_vocabulary_recovers(dense: Path, corpus: Path, tokenizer: Tokeniz
     assert (recovered / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens", "rank"),
+    [
+        ({}, 999_999, 16),
+        ({}, 1_000_000, None),
+        ({"train": "adapters"}, 1_000_000, 16),
+        ({"train": "all"}, 1_000, None),
+        ({"lora": LoraSettings(rank=4)}, 1_000, 4),
+        ({"lora": LoraSettings(rank=4)}, 1_000_000, 4),
+    ],
+)
+def test_few_tokens_train_adapters(changes: dict[str, Any], tokens: int, rank: int | None) -> None:
+    assert adapters(RecoverSettings(**changes), tokens).rank == rank
+
+
+def test_adapters_bring_back_some_of_it(pruned: Path, dense: Path, corpus: Path) -> None:
+    recovered = recover(pruned, dense, settings_of(corpus, train="adapters", lr=1e-2), lambda text: None, device="cpu")
+    before, _, after = losses(recovered.parent)
+    assert after < before - 0.05
+    assert taken_shape(recovered) == taken_shape(pruned)
+
+
 def test_the_defaults_are_for_a_small_budget(pruned: Path, dense: Path, tmp_path: Path) -> None:
     settings = train_settings(pruned, dense, RecoverSettings(), tmp_path / "run", "cpu")
     assert str(settings.data) == "c4"
-    assert settings.tokens == 49_152
+    assert settings.tokens == 81_920
+    assert settings.lora.rank == 16  # few tokens, so adapters
     assert settings.seq_len == 64  # the model's context
     assert settings.schedule.decay == settings.tokens // 2
     with pytest.raises(ValueError, match="must be positive"):
         RecoverSettings(lr=0.0)
+    with pytest.raises(ValueError, match="which train=all has none of"):
+        RecoverSettings(train="all", lora=LoraSettings(rank=8))
     with pytest.raises(ValueError, match="at least 1"):
         RecoverSettings(tokens=Count(0))
