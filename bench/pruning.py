@@ -6,9 +6,9 @@
 SmolLM2-135M-Instruct loses a third of its feed-forward units (1536 to 1016, 20% of all parameters) unless told
 otherwise. Torch-Pruning finds what belongs to a unit by its own tracing and scores it by its own importance: magnitude,
 and Taylor on the calibration rows. Its recipes cut whole models to a ratio; here it is asked for exactly this cut, so
-that only the choice of units differs. Where layers go (--layers), the last ones and the contiguous ones that turn the
-hidden state least (arXiv:2403.17887) are left out beside ours. Perplexity is of the folders that each leaves, on the same
-held-out documents.
+that only the choice of units differs. Where layers go (--layers), two more ways leave out the last ones, and neighbours
+that turn the hidden state least (arXiv:2403.17887). Perplexity is of the folders that each leaves, on the same held-out
+documents.
 """
 
 import argparse
@@ -85,10 +85,10 @@ class Bench:
 
     @torch.no_grad()
     def _contiguous(self, model: Any, gone: int) -> int:
-        """The first of so many neighbouring layers whose input and output are the least angle apart."""
+        """The first of so many neighbouring layers, the last of all not among them, that turn hidden states least."""
         tokenizer = Tokenizer(self.folder)
         text = read_calibration(self.mix, tokenizer, self.rows, self.length, 0).batch(tokenizer)
-        angles = torch.zeros(self.now.layers - gone + 1)
+        angles = torch.zeros(self.now.layers - gone)
         for row in torch.from_numpy(text.inputs.copy()):
             hidden = model.model(row[None], output_hidden_states=True).hidden_states
             for first in range(len(angles)):
