@@ -11,12 +11,11 @@ import torch
 from common import signals
 from common.console import Console, duration
 from common.errors import UserError
-from common.files import replace_folder
 from common.settings import Count, to_dict
 from data.tokenizer import Tokenizer
 from models.hf_config import read_values, taken_values
 from pruning import qwen1
-from pruning.calibration import read_test
+from pruning.calibration import Documents, read_test
 from pruning.perplexity import Measured, measure
 from pruning.plan import Candidate, candidates, describe, shortlist, summary
 from pruning.prune import Report, prune
@@ -71,6 +70,10 @@ def prune_command(command: PruneCommand) -> None:
     _Pruning(command, folder, out, console).run(tried)
 
 
+TRIED_ON = 4
+"""Shapes are compared after a cut by so small a part of the calibration text: which is best shows early."""
+
+
 class _Pruning:
     """One run of the command."""
 
@@ -84,7 +87,7 @@ class _Pruning:
     def run(self, tried: Sequence[Candidate]) -> None:
         """Everything that was asked for."""
         command, console = self.command, self.console
-        stages = [self._stage("before", self.folder, self._losses("the model as it is", self.folder))]
+        stages = [self._stage("before", self.folder, self._losses("the model as it is", self.folder, self.texts))]
         losses, report = self._cut(tried)
         stages.append(self._stage("after", self.out, losses))
         write_report(self.out, stages, {"trials": self.trials})
@@ -94,7 +97,9 @@ class _Pruning:
             signals.install()  # the training saves and stops by them
             models.append(recover(self.out, self.folder, command.recovery, console.say, device=command.device))
             signals.clear()
-            stages.append(self._stage("recovered", models[-1], self._losses("the recovered model", models[-1])))
+            stages.append(
+                self._stage("recovered", models[-1], self._losses("the recovered model", models[-1], self.texts))
+            )
         if command.score is not None:
             stages = [replace(stage, scores=self._scores(model)) for stage, model in zip(stages, models, strict=True)]
         for model in models[1:]:
@@ -104,64 +109,60 @@ class _Pruning:
         console.say(f"report: {models[-1] / FILE}\nmodel: {models[-1]}\nnext: python -m scoring {models[-1]}")
 
     def _cut(self, tried: Sequence[Candidate]) -> tuple[list[Measured], Report]:
-        """Write the model, of several shapes the one with the fewest bits per byte of the first text.
+        """Write the model, of several shapes the best one.
 
         Returns:
             Its losses, and what was done to it.
         """
-        if len(tried) == 1:
-            report = self._prune(tried[0].shape, self.out)
-            return self._losses("the pruned model", self.out), report
-        trials = [self.out.with_name(f".{self.out.name}.{number}.tmp") for number in range(len(tried))]
-        losses: list[list[Measured]] = []
-        reports: list[Report] = []
-        best = 0
+        shape = tried[0].shape if len(tried) == 1 else self._best(tried)
+        report = self._prune(shape, self.out, self.command.tokens)
+        return self._losses("the pruned model", self.out, self.texts), report
+
+    def _best(self, tried: Sequence[Candidate]) -> Shape:
+        """The shape with the fewest bits per byte of the first text, after a cut by a part of the calibration text."""
+        assert self.command.tokens is not None
+        tokens = max(self.command.seq_len, self.command.tokens // TRIED_ON)
+        trial, bits = self.out.with_name(f".{self.out.name}.trial.tmp"), []
         try:
-            for number, (one, trial) in enumerate(zip(tried, trials, strict=True)):
+            for number, one in enumerate(tried):
                 self.console.say(f"trying shape {number + 1} of {len(tried)}: {summary(one.shape)}")
-                reports.append(self._prune(one.shape, trial))
-                losses.append(self._losses(f"shape {number + 1}", trial))
-                worse = number
-                if losses[number][0].bits_per_byte < losses[best][0].bits_per_byte:
-                    best, worse = number, best
-                if worse != best:
-                    shutil.rmtree(trials[worse])
-            replace_folder(trials[best], self.out)
+                self._prune(one.shape, trial, tokens)
+                (found,) = self._losses(f"shape {number + 1}", trial, self.texts[:1])
+                bits.append(found.bits_per_byte)
         finally:
-            for trial in trials:
-                shutil.rmtree(trial, ignore_errors=True)
-        bits = [one[0].bits_per_byte for one in losses]
+            shutil.rmtree(trial, ignore_errors=True)
         self.console.say(rank_table(tried, bits))
         self.trials = [
             {
                 "shape": asdict(one.shape),
                 "parameters": one.parameters,
+                "tokens": tokens,
                 "text": self.texts[0].name,
                 "bits_per_byte": found,
             }
             for one, found in zip(tried, bits, strict=True)
         ]
-        return losses[best], reports[best]
+        return tried[bits.index(min(bits))].shape
 
-    def _prune(self, shape: Shape, out: Path) -> Report:
+    def _prune(self, shape: Shape, out: Path, tokens: int | None) -> Report:
         command = self.command
         return prune(
             self.folder,
             out,
             shape,
-            command,
+            replace(command, tokens=None if tokens is None else Count(tokens)),
             self.device,
             chinese_tokens=command.chinese_tokens,
             console=self.console,
         )
 
-    def _losses(self, what: str, folder: Path) -> list[Measured]:
-        """The losses on all texts, with progress."""
+    def _losses(self, what: str, folder: Path, texts: Sequence[Documents]) -> list[Measured]:
+        """The losses on some texts, with progress."""
         self.console.start(1, 0)
         try:
             return measure(
                 folder,
-                self.texts,
+                texts,
                 self.device,
                 progress=lambda done, total: self._progress(what, done, total),
             )

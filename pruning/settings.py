@@ -112,8 +112,8 @@ class ShapeSettings:
     chinese_tokens: int = 4_000
     """Tokens with Chinese characters that a cut vocabulary keeps at least, where there are so many; CHID needs them."""
     rank: int = 3
-    """Shapes that meet the target and are tried, the best of them on --calibration's text kept; 1: the first by the
-    order of axes, which costs no trial."""
+    """Shapes that meet the target and are tried on a quarter of the calibration text, the best of them cut; 1: the
+    first by the order of axes, which costs no trial."""
 
     def __post_init__(self) -> None:
         if self.params is not None and self.phone_memory is not None:
