@@ -1,4 +1,4 @@
-"""``python -m export MODEL``: make what a phone takes; ``bench DIR``: measure it here; ``phone DIR``: measure it there."""
+"""``python -m export MODEL``: make what a phone takes; ``bench DIR`` and ``phone DIR``: measure it here and there."""
 
 DESCRIPTION = """\
 Export a model folder for phones: weights and configuration for MLC-LLM in fp16, compiled libraries, proof of parity.

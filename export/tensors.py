@@ -16,7 +16,12 @@ Array = np.ndarray[Any, Any]
 PIECE = 2**21
 """Values that are read at one time."""
 
-STORED = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "BF16": np.dtype("<u2")}
+STORED: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
 """Safetensors' floating-point types; NumPy has no bf16, whose bits are the upper half of an fp32."""
 
 INDEX = "model.safetensors.index.json"
@@ -31,16 +36,17 @@ class Tensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
-        found: dict[str, tuple[Path, dict[str, Any], int]] = {}
         order = self._index()
-        for file in dict.fromkeys(order.values()) if order else [folder / "model.safetensors"]:
+        files = dict.fromkeys(order.values()) if order else [folder / "model.safetensors"]
+        found: dict[str, tuple[Path, dict[str, Any], int]] = {}
+        for file in files:
             found |= self._read_header(file)
+        missing = sorted(set(order) - set(found))
+        if missing:
+            raise UserError(f"{folder / INDEX} names the tensor {missing[0]!r}, which no file of the folder holds")
         if order:  # MLC-LLM goes through the files one by one, and through each in the order of the index
-            missing = sorted(name for name in order if name not in found)
-            if missing:
-                raise UserError(f"{folder / INDEX} names the tensor {missing[0]!r}, which no file of the folder holds")
-            found = {name: found[name] for file in dict.fromkeys(order.values()) for name in order if order[name] == file}
+            names = [name for file in files for name in order if order[name] == file]
+            found = {name: found[name] for name in names}
         self._entries = found
 
     @property
