@@ -1,76 +1,42 @@
-"""The rotary embedding of a model folder, wherever its ``config.json`` has it.
+"""The frequencies of rotary position embeddings, as transformers has them. Imports numpy alone."""
 
-transformers 5 writes ``rope_parameters`` alone, older versions and our own folders write it at the top level; MLC-LLM
-reads the top level alone and takes other values without a word where it has none.
-"""
-
-from dataclasses import dataclass
-from pathlib import Path
+import math
 from typing import Any
+
+import numpy as np
 
 from common.errors import UserError
 
-THETA = 10_000.0
-"""What transformers takes where a folder names none."""
 
-PHI_PARTIAL = 0.5
-"""The share of a head that Phi turns where a folder names none."""
+def frequencies(values: dict[str, Any], head_width: int) -> tuple[float, ...]:
+    """Radians a position by which each pair of numbers of a head is rotated, in fp32.
 
+    Args:
+        values: a ``config.json`` with its rotary settings at the top level.
+        head_width: numbers of a head; ``partial_rotary_factor`` of them, rounded down, are rotated.
 
-@dataclass(frozen=True)
-class Rotary:
-    """How positions are encoded."""
-
-    theta: float
-    partial: float
-    """Share of each head that is turned; 1.0 but for Phi."""
-    scaling: dict[str, Any] | None
-    """How long contexts are stretched to: None, or as ``rope_scaling`` holds it, with ``rope_type``."""
-
-    @classmethod
-    def of(cls, values: dict[str, Any], folder: Path) -> "Rotary":
-        """Of a ``config.json``.
-
-        Raises:
-            UserError: the top level and ``rope_parameters`` contradict each other.
-        """
-        nested = values.get("rope_parameters") or {}
-        found: dict[str, Any] = {"rope_theta": THETA}
-        found["partial_rotary_factor"] = PHI_PARTIAL if values.get("model_type") == "phi" else 1.0
-        for name in found:
-            both = [float(place[name]) for place in (values, nested) if place.get(name) is not None]
-            if len(set(both)) > 1:
-                raise _contradiction(folder, name, *both)
-            found[name] = both[0] if both else found[name]
-        stretched = _scaling(nested)
-        if "rope_scaling" in values:
-            top = _scaling(values["rope_scaling"] or {})
-            if nested and top != stretched:
-                raise _contradiction(folder, "rope_scaling", top, stretched)
-            stretched = top
-        return cls(found["rope_theta"], found["partial_rotary_factor"], stretched)
-
-    @property
-    def at_top(self) -> dict[str, Any]:
-        """As MLC-LLM reads it from the top level of a ``config.json``."""
-        return {
-            "rope_theta": self.theta,
-            "partial_rotary_factor": self.partial,
-            "rope_scaling": self.scaling,
-        }
-
-
-def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """The scaling alone; older folders call ``rope_type`` ``type``."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    Raises:
+        UserError: the frequencies are scaled in another way than Llama 3's.
+    """
+    default = 0.5 if (values.get("architectures") or [""])[0] == "PhiForCausalLM" else 1.0
+    rotary = int(head_width * (values.get("partial_rotary_factor") or default))
+    exponents = np.arange(0, rotary, 2, dtype=np.int64).astype(np.float32) / np.float32(rotary)
+    plain = (np.float32(1) / np.float32(values["rope_theta"]) ** exponents).astype(np.float32)
+    scaling = values.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
-        return None
-    own = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor", "type")}
-    return own | {"rope_type": kind}
+        return tuple(map(float, plain))
+    if kind != "llama3":
+        raise UserError(f"the model's rotary frequencies are scaled by {kind}; the export takes llama3 or none")
+    return tuple(map(float, _llama3(plain, scaling)))
 
 
-def _contradiction(folder: Path, name: str, top: Any, nested: Any) -> UserError:
-    return UserError(
-        f"{folder / 'config.json'} contradicts itself: {name} is {top} at the top level and {nested} in "
-        "rope_parameters; put the wrong one right"
-    )
+def _llama3(plain: "np.ndarray[Any, Any]", scaling: dict[str, Any]) -> "np.ndarray[Any, Any]":
+    """Frequencies whose waves are longer than the old context divided by a factor, with a gradual change before."""
+    factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = 2 * math.pi / plain
+    smooth = (old / waves - low) / (high - low)
+    between = (1 - smooth) * plain / factor + smooth * plain
+    found = np.where(waves > old / low, plain / factor, np.where(waves < old / high, plain, between))
+    return found.astype(np.float32)
