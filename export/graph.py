@@ -6,15 +6,15 @@ Letters: T tokens, V vocabulary, D model width, H query heads, K key/value heads
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from tvm import IRModule, relax
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from common.errors import UserError
+from export.positions import Rotary
 from export.rotary import frequencies
-from models.hf_config import with_rope_at_top
 
 
 
@@ -36,25 +36,16 @@ class Shape:
     """Tokens of a call to prefill at most."""
     tied: bool
     eps: float
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
     frequencies: tuple[float, ...]
     """Radians a position of every pair of numbers that is rotated."""
 
     @classmethod
     def of(cls, values: dict[str, Any], context: int, chunk: int) -> "Shape":
         """The shape that a ``config.json`` describes, for a cache of ``context`` tokens."""
-        values = with_rope_at_top(values)
-        architecture = values["architectures"][0]
         heads = values["num_attention_heads"]
         head_width = values.get("head_dim") or values["hidden_size"] // heads
-        llama, qwen = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
-        bias = bool(values.get("attention_bias")) and (llama or qwen)
-        if values.get("qk_layernorm"):
-            raise UserError("the model has norms on its queries and keys (qk_layernorm), which MLC-LLM's Phi has not")
         return cls(
-            architecture=architecture,
+            architecture=values["architectures"][0],
             layers=values["num_hidden_layers"],
             width=values["hidden_size"],
             heads=heads,
@@ -66,10 +57,7 @@ class Shape:
             chunk=chunk,
             tied=bool(values.get("tie_word_embeddings")),
             eps=values.get("rms_norm_eps") or values.get("layer_norm_eps") or 1e-6,
-            qkv_bias=bias or architecture == "Qwen2ForCausalLM",
-            out_bias=bias,
-            mlp_bias=llama and bool(values.get("mlp_bias")),
-            frequencies=frequencies(values, head_width),
+            frequencies=frequencies(Rotary.of(values, Path()), head_width),
         )
 
 
@@ -103,10 +91,10 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape, operations: Operations, layer: int) -> None:
         self._shape, self._do, self._layer = shape, operations, layer
-        qkv = Weights((shape.heads + 2 * shape.kv_heads) * shape.head_width, shape.width, bias=shape.qkv_bias)
+        heads, bias = shape.heads + 2 * shape.kv_heads, shape.architecture == "Qwen2ForCausalLM"
         self._qkv_name = "qkv_proj" if shape.architecture == "LlamaForCausalLM" else "c_attn"
-        setattr(self, self._qkv_name, qkv)
-        self.o_proj = Weights(shape.width, shape.heads * shape.head_width, bias=shape.out_bias)
+        setattr(self, self._qkv_name, Weights(heads * shape.head_width, shape.width, bias=bias))
+        self.o_proj = Weights(shape.width, shape.heads * shape.head_width)
         self._qk_norm = shape.architecture == "Qwen3ForCausalLM"
         if self._qk_norm:
             self.q_norm, self.k_norm = Weights(shape.head_width), Weights(shape.head_width)
@@ -119,7 +107,7 @@ class Attention(nn.Module):
         if self._qk_norm:
             qkv = self._do.qk_norm(qkv, shape.heads, self.q_norm.weight, self.k_norm.weight, shape.eps)
         mixed = attend(qkv, cache, shape, self._layer)
-        return self._do.linear(mixed, self.o_proj.weight, self.o_proj.bias, residual)
+        return self._do.linear(mixed, self.o_proj.weight, residual=residual)
 
 
 def attend(qkv: nn.Tensor, cache: PagedKVCache, shape: Shape, layer: int) -> nn.Tensor:
@@ -135,13 +123,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, shape: Shape, operations: Operations) -> None:
         self._do = operations
-        self.gate_up_proj = Weights(2 * shape.ffn, shape.width, bias=shape.mlp_bias)
-        self.down_proj = Weights(shape.width, shape.ffn, bias=shape.mlp_bias)
+        self.gate_up_proj = Weights(2 * shape.ffn, shape.width)
+        self.down_proj = Weights(shape.width, shape.ffn)
 
     def forward(self, x: nn.Tensor, residual: nn.Tensor) -> nn.Tensor:
         """x (T, D) to residual plus the feed-forward half (T, D)."""
-        both = self._do.linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias)
-        return self._do.linear(self._do.swiglu(both), self.down_proj.weight, self.down_proj.bias, residual)
+        both = self._do.linear(x, self.gate_up_proj.weight)
+        return self._do.linear(self._do.swiglu(both), self.down_proj.weight, residual=residual)
 
 
 class Block(nn.Module):

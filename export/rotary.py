@@ -6,32 +6,27 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from export.positions import Rotary
 
 
-def frequencies(values: dict[str, Any], head_width: int) -> tuple[float, ...]:
-    """Radians a position by which each pair of numbers of a head is rotated, in fp32.
-
-    Args:
-        values: a ``config.json`` with its rotary settings at the top level.
-        head_width: numbers of a head; ``partial_rotary_factor`` of them, rounded down, are rotated.
+def frequencies(rotary: Rotary, head_width: int) -> tuple[float, ...]:
+    """Radians a position by which each pair of numbers of a head is turned, in fp32.
 
     Raises:
         UserError: the frequencies are scaled in another way than Llama 3's.
     """
-    default = 0.5 if (values.get("architectures") or [""])[0] == "PhiForCausalLM" else 1.0
-    rotary = int(head_width * (values.get("partial_rotary_factor") or default))
-    exponents = np.arange(0, rotary, 2, dtype=np.int64).astype(np.float32) / np.float32(rotary)
-    plain = (np.float32(1) / np.float32(values["rope_theta"]) ** exponents).astype(np.float32)
-    scaling = values.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    turned = int(head_width * rotary.partial)
+    exponents = np.arange(0, turned, 2, dtype=np.int64).astype(np.float32) / np.float32(turned)
+    plain = (np.float32(1) / np.float32(rotary.theta) ** exponents).astype(np.float32)
+    if rotary.scaling is None:
         return tuple(map(float, plain))
-    if kind != "llama3":
+    if rotary.scaling["rope_type"] != "llama3":
+        kind = rotary.scaling["rope_type"]
         raise UserError(f"the model's rotary frequencies are scaled by {kind}; the export takes llama3 or none")
-    return tuple(map(float, _llama3(plain, scaling)))
+    return tuple(map(float, _llama3(plain, rotary.scaling)))
 
 
-def _llama3(plain: "np.ndarray[Any, Any]", scaling: dict[str, Any]) -> "np.ndarray[Any, Any]":
+def _llama3(plain: np.ndarray[Any, Any], scaling: dict[str, Any]) -> np.ndarray[Any, Any]:
     """Frequencies whose waves are longer than the old context divided by a factor, with a gradual change before."""
     factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
