@@ -18,7 +18,7 @@ from common.run_folder import command as typed
 from common.run_folder import git_commit
 from common.settings import to_dict
 from export import library, mlc, parity
-from export.check import Checked, check
+from export.check import check
 from export.mlc_config import CONFIG, TOKENIZER_FILES, mlc_config
 from export.settings import ExportCommand, out_folder
 from export.shards import Written, write_weights

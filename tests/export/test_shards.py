@@ -140,7 +140,7 @@ def test_several_files_go_in_the_order_of_their_index(folder: Folder, tmp_path: 
     out = tmp_path / "out"
     out.mkdir()
     write_weights(model, out)
-    assert list(values_of(out))[0].startswith("model.layers.1")
+    assert next(iter(values_of(out))).startswith("model.layers.1")
     (model / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no model-2\.safetensors"):
         write_weights(model, out)
