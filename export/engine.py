@@ -42,6 +42,7 @@ class Engine:
             raise UserError(f"{library} cannot be loaded here: {error}") from error
         self.metadata: dict[str, Any] = json.loads(self._machine["palmtop_metadata"]())
         self.context: int = self.metadata["context"]
+        self.vocab: int = self.metadata["vocab"]
         self.chunk: int = self.metadata["prefill_chunk"]
         self._weights = [tvm.runtime.tensor(one) for one in _weights(mlc, self.metadata["params"])]
         self._state = {

@@ -139,6 +139,12 @@ def compile_library(shape: Shape, target: Target, dtype: str, out: Path) -> None
     executable.export_library(str(out), fcompile=_link if target.is_host else _link_aarch64)
 
 
+def compile_kernel(function: Any) -> Any:
+    """One kernel as a function to call here."""
+    compiled = tvm.compile(function.with_attr("global_symbol", "kernel"), target=tvm.target.Target(host_target().tvm))
+    return compiled["kernel"]
+
+
 def metadata(shape: Shape, parameters: list[Parameter], dtype: str) -> dict[str, Any]:
     """What ``palmtop_metadata`` returns."""
     return {

@@ -142,14 +142,17 @@ def layer_norm(width: int, eps: float, dtype: str, tokens: int | None) -> PrimFu
 
 def _row_sum(width: int, term: Any) -> Any:
     """A register that holds the sum of ``term(index, lanes)`` over a row."""
-    partial, total = registers(LANES, "partial"), registers(1, "total")
+    partial, total = registers(4 * LANES, "partial"), registers(1, "total")
     store(total, T.float32(0), 0)
     for start, vectors, lanes in spans(width):
-        store(partial, constant(0, lanes), at(0, lanes))
-        with T.serial(vectors) as vector:
-            value = partial[at(0, lanes)] + term(at(start + vector * lanes, lanes), lanes)
-            store(partial, value, at(0, lanes))
-        store(total, total[0] + summed(partial, 0, lanes), 0)
+        sums = 4 if vectors % 4 == 0 else 1  # that do not wait for each other
+        for one in range(sums):
+            store(partial, constant(0, lanes), at(one * lanes, lanes))
+        with T.serial(vectors // sums) as vector:
+            for one in range(sums):
+                here = at(start + (vector * sums + one) * lanes, lanes)
+                store(partial, partial[at(one * lanes, lanes)] + term(here, lanes), at(one * lanes, lanes))
+        store(total, total[0] + summed(partial, 0, sums * lanes), 0)
     return total
 
 
@@ -193,3 +196,15 @@ def gelu(width: int, tokens: int | None) -> PrimFunc:
         each_token(count, row)
 
     return kernel("gelu", body)
+
+
+def row_sums(rows: int, width: int) -> PrimFunc:
+    """The sum of each row of x (rows, width): nothing but reading, to measure the memory by."""
+
+    def body() -> None:
+        x = argument("x", (rows, width))
+        out = argument("out", (rows,))
+        with T.parallel(rows) as row:
+            store(out, _row_sum(width, lambda here, lanes: x[row, here])[0], row)
+
+    return kernel("row_sums", body)
