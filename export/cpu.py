@@ -23,8 +23,6 @@ class CpuOperations:
         fmlal: use ARM's FMLAL where one token is multiplied by fp16 weights.
     """
 
-    activations = "float32"
-
     def __init__(self, dtype: str, *, fmlal: bool = False) -> None:
         self._dtype, self._fmlal = dtype, fmlal
 

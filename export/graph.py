@@ -36,6 +36,7 @@ class Shape:
     """Tokens of a call to prefill at most."""
     tied: bool
     eps: float
+    rotary: Rotary
     frequencies: tuple[float, ...]
     """Radians a position of every pair of numbers that is rotated."""
 
@@ -44,6 +45,7 @@ class Shape:
         """The shape that a ``config.json`` describes, for a cache of ``context`` tokens."""
         heads = values["num_attention_heads"]
         head_width = values.get("head_dim") or values["hidden_size"] // heads
+        rotary = Rotary.of(values, Path())
         return cls(
             architecture=values["architectures"][0],
             layers=values["num_hidden_layers"],
@@ -57,14 +59,13 @@ class Shape:
             chunk=chunk,
             tied=bool(values.get("tie_word_embeddings")),
             eps=values.get("rms_norm_eps") or values.get("layer_norm_eps") or 1e-6,
-            frequencies=frequencies(Rotary.of(values, Path()), head_width),
+            rotary=rotary,
+            frequencies=frequencies(rotary, head_width),
         )
 
 
 class Operations(Protocol):
     """What a kind of processor computes; :class:`export.cpu.CpuOperations` documents each."""
-
-    activations: str
 
     def embed(self, ids: nn.Tensor, table: nn.Tensor) -> nn.Tensor: ...  # noqa: D102
     def linear(self, x: nn.Tensor, weight: nn.Tensor, bias: Any = None, residual: Any = None) -> nn.Tensor: ...  # noqa: D102

@@ -20,20 +20,21 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.s_tir import dlight
 
 from common.errors import UserError
 from common.files import cache_folder
 from export.cpu import CpuOperations
 from export.attention import PAGE
-from export.graph import Parameter, Shape
+from export.graph import Operations, Parameter, Shape
 from export.graph import build as build_graph
+from export.opencl import OpenClOperations
 
 DTYPES = {"f16": "float16", "f32": "float32"}
 """The dtype of a library's weights."""
@@ -56,6 +57,12 @@ class Target:
         return self.name == "host"
 
 
+    @property
+    def is_opencl(self) -> bool:
+        """Whether a GPU computes."""
+        return bool(self.tvm["kind"] == "opencl")
+
+
 ANDROID = {"kind": "llvm", "mtriple": "aarch64-linux-android"}
 
 
@@ -67,6 +74,9 @@ def host_target() -> Target:
 
 
 HOST, ANDROID_CPU, ANDROID_OPENCL = "host", "android-cpu", "android-opencl"
+
+SOURCES = "attention cpu graph kernels library matmul opencl rotary rowwise".split()
+"""Modules whose text decides what a library is."""
 
 CHUNK = 512
 """Tokens of a call to prefill: weights are widened once for so many, and its buffers stay small."""
@@ -85,7 +95,9 @@ def targets(name: str) -> list[Target]:
             Target("armv8", ANDROID | {"mattr": ["+neon"]}),
             Target("fhm", ANDROID | {"mattr": ["+neon", "+fullfp16", "+fp16fml"]}, fmlal=True),
         ]
-    raise UserError(f"there is no target {name}")
+    if name == ANDROID_OPENCL:
+        return [Target("opencl", {"kind": "opencl", "host": ANDROID})]
+    raise UserError(f"there is no target {name}; there are {HOST}, {ANDROID_CPU}, {ANDROID_OPENCL}")
 
 
 def build(values: dict[str, Any], target: str, dtype: str, out: Path, *, context: int) -> list[Path]:
@@ -108,7 +120,8 @@ def build(values: dict[str, Any], target: str, dtype: str, out: Path, *, context
     found = []
     for one in targets(target):
         key = _key(shape, one, dtype)
-        name = f"{HOST}-{key}.so" if one.is_host else f"{target}-{key}-{one.name}.so"
+        name = f"{target}-{key}"
+        name += ".o" if one.is_opencl else ".so" if one.is_host else f"-{one.name}.so"
         kept = cache_folder() / "libraries" / name
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -122,21 +135,32 @@ def build(values: dict[str, Any], target: str, dtype: str, out: Path, *, context
 
 def _key(shape: Shape, target: Target, dtype: str) -> str:
     """A name for all that decides what a library is."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in SOURCES]
+    code = hashlib.sha256(b"".join(sources)).hexdigest()
     content = json.dumps([asdict(shape), asdict(target), dtype, tvm.__version__, code], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def compile_library(shape: Shape, target: Target, dtype: str, out: Path) -> None:
-    """Compile a model into the shared library ``out``."""
-    operations = CpuOperations(DTYPES[dtype], fmlal=target.fmlal and dtype == "f16")
+    """Compile a model into the shared library, or for OpenCL the object, ``out``."""
+    executable = executable_of(shape, target, dtype)
+    link = _link if target.is_host else _join_aarch64 if target.is_opencl else _link_aarch64
+    executable.export_library(str(out), fcompile=link)
+
+
+def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
+    """Compile a model; returns TVM's executable."""
+    described = tvm.target.Target(target.tvm)
+    operations: Operations
+    if target.is_opencl:
+        operations, relax_pipeline, tir_pipeline = OpenClOperations(DTYPES[dtype], described), _gpu_pipeline(), "s_tir"
+    else:
+        operations = CpuOperations(DTYPES[dtype], fmlal=target.fmlal and dtype == "f16")
+        relax_pipeline, tir_pipeline = _cpu_pipeline(), "tirx"
     module, parameters = build_graph(shape, operations, DTYPES[dtype], every_logit=target.is_host)
     module = _with_metadata(module, metadata(shape, parameters, dtype))
-    described = tvm.target.Target(target.tvm)
     with described:
-        executable = tvm.compile(module, target=described, relax_pipeline=_pipeline(), tir_pipeline="tirx")
-    executable.export_library(str(out), fcompile=_link if target.is_host else _link_aarch64)
+        return tvm.compile(module, target=described, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
 
 
 def compile_kernel(function: Any) -> Any:
@@ -165,23 +189,49 @@ def _with_metadata(module: tvm.IRModule, found: dict[str, Any]) -> tvm.IRModule:
     return builder.get()
 
 
-def _pipeline() -> Any:
+def _cpu_pipeline() -> Any:
     """From the graph to the virtual machine's instructions; our kernels need no fusion and no schedule."""
     return tvm.transform.Sequential(
+        [relax.transform.LegalizeOps(skip_ops=["relax.reshape"]), *_machine_passes()]  # reshaping copies nothing
+    )
+
+
+def _gpu_pipeline() -> Any:
+    """From the graph over fused operations and DLight's schedules to the virtual machine's instructions."""
+    return tvm.transform.Sequential(
         [
-            relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),  # the machine does that without a copy
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
-            relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
-            relax.transform.LowerRuntimeBuiltin(),
-            relax.transform.ComputePrimValue(),
-            relax.transform.VMShapeLower(),
-            relax.transform.AttachGlobalSymbol(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            dlight.ApplyDefaultSchedule(
+                dlight.gpu.Matmul(),
+                dlight.gpu.GEMV(),
+                dlight.gpu.Reduction(),
+                dlight.gpu.GeneralReduction(),
+                dlight.gpu.Fallback(),
+            ),
+            relax.transform.RewriteDataflowReshape(),
+            *_machine_passes(),
         ]
     )
+
+
+def _machine_passes() -> list[Any]:
+    """What makes instructions of a graph that calls kernels alone."""
+    return [
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
 
 
 def _link(output: str, objects: list[str], **_: Any) -> None:
@@ -191,10 +241,16 @@ def _link(output: str, objects: list[str], **_: Any) -> None:
 
 def _link_aarch64(output: str, objects: list[str], **_: Any) -> None:
     """Make a shared library for 64-bit ARM; it needs nothing of Android's own."""
-    compiler = _compiler(
-        "aarch64-linux-gnu-gcc", what="a linker for aarch64 (Debian: gcc-aarch64-linux-gnu; macOS: a cross gcc)"
-    )
-    _run([compiler, "-shared", "-nostdlib", "-o", output, *objects])
+    _run([_aarch64_compiler(), "-shared", "-nostdlib", "-o", output, *objects])
+
+
+def _join_aarch64(output: str, objects: list[str], **_: Any) -> None:
+    """Make one object of several, for an app to be linked with."""
+    _run([_aarch64_compiler(), "-r", "-nostdlib", "-o", output, *objects])
+
+
+def _aarch64_compiler() -> str:
+    return _compiler("aarch64-linux-gnu-gcc", what="a compiler for 64-bit ARM (Debian: gcc-aarch64-linux-gnu)")
 
 
 def _compiler(*names: str, what: str) -> str:
