@@ -26,6 +26,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ffi = tvm::ffi;
@@ -169,11 +170,11 @@ class Model {
 // Token ids that lie all over the vocabulary, so that the embedding is not read from a processor's cache.
 std::vector<int32_t> Prompt(int64_t tokens, int64_t vocab) {
   std::vector<int32_t> ids;
-  for (int64_t i = 0; i < tokens; ++i) ids.push_back(static_cast<int32_t>((i * 7919 + 13) % vocab));
+  for (int64_t place = 0; place < tokens; ++place) ids.push_back(static_cast<int32_t>((7919 * place + 11) % vocab));
   return ids;
 }
 
-// Seconds to read a prompt, and seconds to decode new tokens after it; no token ends it early.
+// Seconds to the first token after a prompt, and of the new tokens after it; no token ends it early.
 std::pair<double, double> Timed(Model& model, const std::vector<int32_t>& prompt, int64_t new_tokens) {
   double start = Now();
   int32_t token = model.Prefill(prompt);
@@ -182,24 +183,28 @@ std::pair<double, double> Timed(Model& model, const std::vector<int32_t>& prompt
   return {read - start, Now() - read};
 }
 
+// The protocol of export/timing.py, and its answer.
 ffi::json::Array Measure(Model& model, const Arguments& asked) {
+  int64_t new_tokens = asked.Number("--new-tokens"), room = model.context() - new_tokens;
   int64_t warm_up = asked.Number("--warm-up"), runs = warm_up + asked.Number("--repeats");
-  ffi::json::Array found;
+  std::vector<int64_t> prompts;
   for (int64_t wanted : asked.Numbers("--prompts")) {
-    int64_t tokens = std::min(wanted, model.context() - 1);
-    int64_t new_tokens = std::min(asked.Number("--new-tokens"), model.context() - tokens);
-    ffi::json::Array prefill, decode;
+    int64_t tokens = std::max<int64_t>(1, std::min(wanted, room));
+    if (std::find(prompts.begin(), prompts.end(), tokens) == prompts.end()) prompts.push_back(tokens);
+  }
+  ffi::json::Array found;
+  for (int64_t tokens : prompts) {
+    ffi::json::Array prefill, decode, first_token;
     for (int64_t run = 0; run < runs; ++run) {
       std::cout << "prompt of " << tokens << " tokens, run " << run + 1 << " of " << runs << std::endl;
       auto [read, decoded] = Timed(model, Prompt(tokens, model.vocab()), new_tokens);
       if (run < warm_up) continue;
-      prefill.push_back(read);
-      decode.push_back(decoded);
+      prefill.push_back(static_cast<double>(tokens) / read);
+      decode.push_back(static_cast<double>(new_tokens) / decoded);
+      first_token.push_back(read);
     }
-    found.push_back(ffi::json::Object{{"prompt_tokens", tokens},
-                                      {"new_tokens", new_tokens},
-                                      {"prefill_seconds", prefill},
-                                      {"decode_seconds", decode}});
+    found.push_back(ffi::json::Object{
+        {"tokens", tokens}, {"prefill", prefill}, {"decode", decode}, {"first_token", first_token}});
   }
   return found;
 }
@@ -243,7 +248,7 @@ void Run(const Arguments& asked) {
   if (asked.Has("--tokens")) {
     result.Set("tokens", Generate(model, asked));
   } else {
-    result.Set("measured", Measure(model, asked));
+    result.Set("runs", Measure(model, asked));
   }
   result.Set("peak_memory", static_cast<int64_t>(std::stoll(Listed("/proc/self/status", "VmHWM")) * 1024));
   std::cout << ffi::json::Stringify(result) << std::endl;
