@@ -1,4 +1,4 @@
-"""What ``python -m export`` does: check, write weights and configuration, compile, prove parity, report."""
+"""What ``python -m export`` does: check, write the configuration, compile, write the weights, prove parity, report."""
 
 import hashlib
 import importlib.metadata
@@ -77,9 +77,11 @@ class _Export:
         needed = self.checked.memory.weights + LIBRARY_SPACE
         require_space(self.out.absolute().parent, needed, "the export")
         with new_folder(self.out) as temporary:
-            written = self._weights(temporary / "mlc")
             self._configuration(temporary)
-            libraries = self._libraries(temporary / "lib")
+            libraries = self._libraries(
+                temporary / "lib"
+            )  # before the weights: a compiler that is not there costs nothing
+            written = self._weights(temporary / "mlc")
             found = self._parity(temporary)
             self.record = self._record(written, libraries, found)
             write_json(temporary / FILE, self.record)
@@ -98,13 +100,13 @@ class _Export:
         }
 
     def _weights(self, folder: Path) -> Written:
-        folder.mkdir()
         with self._timed("weights"), self._progress("weights") as progress:
             return write_weights(self.folder, folder, progress)
 
     def _configuration(self, folder: Path) -> None:
         """Everything that is neither weights nor libraries."""
         checked, name = self.checked, self.name
+        (folder / "mlc").mkdir()
         sizes = {"context": checked.context, "prefill_chunk": checked.prefill_chunk}
         config = mlc_config(self.folder, checked.chat, **sizes)
         write_text(folder / "mlc" / CONFIG, json.dumps(config, indent=2))

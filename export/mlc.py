@@ -80,8 +80,8 @@ def readme(name: str, checked: Checked) -> str:
     return f"""\
 # {name} on a phone
 
-{checked.values["architectures"][0]}, {size}; {cache}. It {gate} MLC-LLM's memory gate on OpenCL
-({gigabytes(checked.memory.gate)}).
+{checked.values["architectures"][0]}, {size}; {cache}.
+It {gate} MLC-LLM's memory gate on OpenCL ({gigabytes(checked.memory.gate)}).
 
 | here | what it is |
 | --- | --- |
@@ -101,7 +101,8 @@ The weights and the configuration once more, by MLC-LLM itself: equal to those i
 {" and ".join(f"`{one}`" for one in OURS)}.
 
 ```bash
-mkdir -p {source} && ln -sf {model}/* {source}/ && cp --remove-destination config.json {source}/
+mkdir -p {source} && ln -sf {model}/* {source}/
+cp --remove-destination config.json {source}/
 {convert}
 {configure}
 ```
