@@ -119,7 +119,8 @@ def conversation(template: str, render: Render, begin: str | None) -> Conversati
         raise
     except Exception as error:  # a template may raise whatever it likes
         raise UnlikeError(str(error)) from error
-    begin = begin if begin and head.startswith(begin) else ""
+    # Where the template does not ask for the begin token, a text that begins with it begins with a role.
+    begin = begin if begin and "bos_token" in template and head.startswith(begin) else ""
     head = head.removeprefix(begin)
     if not (middle.startswith(after_user) and last.startswith(after_user)):
         raise UnlikeError("what follows a user's text differs")

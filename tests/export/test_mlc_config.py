@@ -37,7 +37,7 @@ BRACKETS = """\
 COUNTS = "{% for message in messages %}{{ loop.index ~ ': ' + message['content'] + '\n' }}{% endfor %}"
 
 
-def derived(template: str) -> Conversation:
+def derived(template: str, begin: str = "<|begin|>") -> Conversation:
     """What is read off a template."""
 
     def fail(reason: str) -> None:
@@ -46,12 +46,12 @@ def derived(template: str) -> Conversation:
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     jinja.globals["raise_exception"] = fail
     compiled = jinja.from_string(template)
-    tokens = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    tokens = {"bos_token": begin, "eos_token": "<|end|>"}
 
     def render(messages: list[dict[str, str]], answer: bool) -> str:
         return compiled.render(messages=messages, add_generation_prompt=answer, **tokens)
 
-    return conversation(template, render, tokens["bos_token"])
+    return conversation(template, render, begin)
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -90,6 +90,7 @@ def test_a_template_with_a_system_turn_of_its_own() -> None:
     assert found.system_message == "You are a helpful assistant."
     assert not found.begins
     assert "system_prefix_token_ids" not in found.as_json(begin=1, stop=[2])
+    assert derived(CHATML, begin="<|im_start|>") == found  # as SmolLM2's tokenizer has it
 
 
 def test_a_template_of_a_model_that_reasons() -> None:
