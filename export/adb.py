@@ -88,8 +88,8 @@ class Adb:
                 raise PhoneError(f"the phone {self.serial} does not answer ({line}); plug it in again")
         if code == 137:  # 128 + SIGKILL
             raise PhoneError(
-                "the phone killed the program, as it does when its memory runs out; close apps, or take a smaller model "
-                "or --context"
+                "the phone killed the program, as it does when its memory runs out; "
+                "close apps, or take a smaller model or --context"
             )
         if code == 132:  # 128 + SIGILL
             raise PhoneError("the phone's processor does not know an instruction of the library: a fault of ours")

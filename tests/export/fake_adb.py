@@ -33,8 +33,8 @@ STATE = {
     "fault": "",
     "answer": None,
 }
-"""What a test may set. ``fault``: no-server, full, damaged, interrupted, unplugged or killed; ``answer``: what the runner
-prints, instead of running it."""
+"""What a test may set. ``fault``: no-server, full, damaged, interrupted, unplugged or killed; ``answer``: what is
+printed instead of what the runner would."""
 
 BATTERY = "Current Battery Service state:\n  AC powered: false\n  USB powered: true\n  level: 83\n  temperature: 314"
 
@@ -58,7 +58,7 @@ class Phone:
         self.folder = folder
         self.adb = folder / "adb"
         (folder / "data" / "local" / "tmp").mkdir(parents=True)
-        self.adb.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {folder} "$@"\n')
+        self.adb.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} {folder} "$@"\n')
         self.adb.chmod(0o755)
         self.behave()
 

@@ -76,7 +76,9 @@ def test_a_phone_is_measured_and_described(device: Phone, exported: Path, measur
     assert (code, err) == (0, "")
     assert "prompt of 8 tokens, run 1 of 3" in out
     assert "warning: the phone's screen is off" in out
-    assert "prefill 90.0 (85.0-95.0) tok/s, decode 9.0 (9.0-9.0) tok/s, first token after 90 ms" in out
+    assert "prefill 90.0 (85.0-95.0) tok/s, decode 9.0 (9.0-9.0) tok/s, first token after 90 ms" in " ".join(
+        out.split()
+    )
     found = json.loads((exported / "phone.json").read_text())
     assert not found["emulated"]
     assert found["measurement"]["prompts"][0]["prefill"] == {"median": 90.0, "lower": 85.0, "upper": 95.0}
