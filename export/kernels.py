@@ -65,8 +65,13 @@ def constant(value: float, lanes: int = 1) -> Any:
 
 
 def registers(count: int, name: str) -> Any:
-    """A small local array; indexed by constants alone it never reaches memory."""
-    found = T.alloc_buffer((count,), "float32", scope="local")
+    """A small array; indexed by constants alone it never reaches memory.
+
+    TVM takes arrays below 1 KiB of the plain scope from the stack, where LLVM makes registers of them; those of the
+    scope that is called local it would take from the heap.
+    """
+    assert count < 256, "this would not be on the stack"
+    found = T.alloc_buffer((count,), "float32")
     IRBuilder.name(name, found)
     return found
 

@@ -165,8 +165,8 @@ def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
 
 def compile_kernel(function: Any) -> Any:
     """One kernel as a function to call here."""
-    compiled = tvm.compile(function.with_attr("global_symbol", "kernel"), target=tvm.target.Target(host_target().tvm))
-    return compiled["kernel"]
+    named, target = function.with_attr("global_symbol", "kernel"), tvm.target.Target(host_target().tvm)
+    return tvm.compile(named, target=target, tir_pipeline="tirx")["kernel"]
 
 
 def metadata(shape: Shape, parameters: list[Parameter], dtype: str) -> dict[str, Any]:

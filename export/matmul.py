@@ -6,7 +6,7 @@ loaded into a register: memory is read at 2 bytes a weight, and nothing is summe
 
 from typing import Any
 
-from tvm.tirx import PrimFunc
+from tvm.tirx import PrimFunc, Shuffle
 from tvm.tirx.script import builder as T
 
 from export.kernels import LANES, argument, at, cast, constant, fill, kernel, registers, scratch, spans, store, summed
@@ -148,9 +148,40 @@ def matmul(out_width: int, width: int, dtype: str, *, bias: bool, residual: bool
 def _turn(weight: Any, turned: Any, first: Any, columns: int, width: int) -> None:
     """Rows ``first`` and following of ``weight``, in fp32, to the columns of ``turned`` (D, columns)."""
     for start, vectors, lanes in spans(width):
-        with T.serial(vectors) as vector, T.unroll(columns) as column, T.unroll(lanes) as lane:
-            k = start + vector * lanes + lane
-            store(turned, T.cast(weight[first + column, k], "float32"), k * columns + column)
+        with T.serial(vectors) as vector:
+            begin = start + vector * lanes
+            for column in range(0, columns, lanes) if columns % lanes == 0 else ():
+                square = registers(lanes * lanes, "square")
+                for row in range(lanes):
+                    values = cast(weight[first + column + row, at(begin, lanes)], lanes)
+                    store(square, values, at(row * lanes, lanes))
+                _transpose(square, lanes)
+                for row in range(lanes):
+                    here = at((begin + row) * columns + column, lanes)
+                    store(turned, square[at(row * lanes, lanes)], here)
+            if columns % lanes:
+                with T.serial(columns) as column, T.serial(lanes) as lane:
+                    value = T.cast(weight[first + column, begin + lane], "float32")
+                    store(turned, value, (begin + lane) * columns + column)
+
+
+def _transpose(square: Any, lanes: int) -> None:
+    """Transpose registers (lanes, lanes): exchange the off-diagonal quarters, then those of the quarters, and so on."""
+    step = lanes // 2
+    while step:
+        for row in range(lanes):
+            if row & step:
+                continue
+            here, there = at(row * lanes, lanes), at((row + step) * lanes, lanes)
+            pair = [square[here], square[there]]
+            # Places in the pair: those of the first vector, then those of the second.
+            upper = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
+            lower = [lane + step if not lane & step else lanes + lane for lane in range(lanes)]
+            kept = registers(lanes, "kept")
+            store(kept, Shuffle(pair, lower), at(0, lanes))
+            store(square, Shuffle(pair, upper), here)
+            store(square, kept[at(0, lanes)], there)
+        step //= 2
 
 
 def multiply_tile(sums: Any, columns: int, lanes: int, depth: Any, left: Any, right: Any) -> None:
