@@ -17,6 +17,7 @@ from export import library, parity
 from export.settings import out_folder
 from export.shards import read_cache
 from tests.conftest import run_command
+from tests.export.test_mlc import FAKE
 
 LIBRARY = "host-0123456789abcdef.so"
 
@@ -176,3 +177,25 @@ def test_where_an_export_goes() -> None:
     assert out_folder("runs/little/model", None) == Path("runs/little/export")
     assert out_folder("hub/Llama-3-8B", None) == Path("hub/Llama-3-8B-export")
     assert out_folder("runs/little/model", "there") == Path("there")
+
+
+def test_mlc_is_run_on_what_was_exported(
+    micro_model: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, program = tmp_path / "out", tmp_path / "bin" / "mlc_llm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setenv("FAKE_MLC_OURS", str(out / "mlc"))
+    monkeypatch.delenv("MLC_LLM_SOURCE_DIR", raising=False)
+    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", out, "--with-mlc")
+    assert code == 0, err
+    record = json.loads((out / "export.json").read_text())
+    assert record["mlc_llm"]["weights"] == "equal"
+    assert (out / "mlc-llm" / record["mlc_llm"]["library"]).exists()
+    monkeypatch.setenv("FAKE_MLC", "other-weights")
+    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", out, "--with-mlc")
+    assert code == 2
+    assert "MLC-LLM's weights are unlike those of" in err
+    assert "mlc_llm" not in json.loads((out / "export.json").read_text())  # the export itself is whole
