@@ -34,6 +34,8 @@ demo: .venv/ready
 		print("asked: ", first["prompt"], "\nbefore:", first["text"], "\nafter: ", last["text"])' \
 		$(DEMO_RUN)-sft/samples.jsonl
 	$(RUN) -m scoring $(DEMO_RUN)-sft/model --suite sample --max-out-len 64
+	$(RUN) -m export $(DEMO_RUN)-sft/model
+	$(RUN) -m export bench $(DEMO_RUN)-sft/export --prompts '[64]' --new-tokens 64 --threads '[2]' --torch false
 	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)-sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,

@@ -71,6 +71,8 @@ SMALLER = {
     "--layers": "--tokens 2048 --seq-len 64 --measure-tokens 200 --device cpu",
     "-m pruning": "--tokens 2048 --seq-len 64 --measure c4 --measure-tokens 200 --rank 1 --device cpu",
     "--suite quick": "--limit 1 --text-tokens 200 --max-seq-len 64 --device cpu",
+    "export bench": "--prompts [8] --new-tokens 4 --repeats 1 --warm-up 0 --threads [1] --torch false",
+    "-m export": "",
     "-m scoring": "--data eval --only chid --max-out-len 2 --limit 1 --speed false --device cpu",
 }
 """What makes a command of README small enough for a test: the same command, less of it."""
@@ -153,3 +155,5 @@ def test_make_demo_trains_and_answers(tmp_path: Path) -> None:
     assert "validation: loss" in done.stdout
     assert re.search(r"asked:  .*\? \nbefore: .*\nafter:  ", done.stdout)
     assert re.search(r"geometric mean +\d+\.\d\d +\(sample\)", done.stdout)
+    assert re.search(r"parity +KL \d", done.stdout)
+    assert re.search(r"ours, 2 threads: .*tok/s", done.stdout)
