@@ -20,6 +20,9 @@ from export.shards import read_cache
 
 Array = np.ndarray[Any, Any]
 
+ALIGNMENT = 64
+"""Bytes that TVM's tensors begin at multiples of."""
+
 SEQUENCE = 0
 """The name of the one sequence in the cache."""
 
@@ -44,7 +47,7 @@ class Engine:
         self.context: int = self.metadata["context"]
         self.vocab: int = self.metadata["vocab"]
         self.chunk: int = self.metadata["prefill_chunk"]
-        self._weights = [tvm.runtime.tensor(one) for one in _weights(mlc, self.metadata["params"])]
+        self._weights = [tvm.runtime.from_dlpack(one) for one in _weights(mlc, self.metadata["params"])]
         self._state = {
             name: tvm.get_global_func(f"vm.builtin.kv_state_{name}")
             for name in ("add_sequence", "begin_forward", "end_forward", "clear")
@@ -107,16 +110,26 @@ class Engine:
 
 
 def _weights(mlc: Path, params: list[dict[str, Any]]) -> Iterator[Array]:
-    """The weights in the order in which a library takes them."""
+    """The weights in the order in which a library takes them.
+
+    They lie in one array: NumPy asks for large pages for one of megabytes, and matrices of a few megabytes each would
+    be read from small ones, more slowly.
+    """
     found = {
         record["name"]: (mlc / shard["dataPath"], record)
         for shard in read_cache(mlc)["records"]
         for record in shard["records"]
     }
-    for one in params:
+    sizes = [np.dtype(one["dtype"]).itemsize * math.prod(one["shape"]) for one in params]
+    ends = np.cumsum([ALIGNMENT, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
+    memory = np.empty(int(ends[-1]), np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    for one, end, size in zip(params, ends, sizes, strict=False):
         file, record = found.get(one["name"], (None, None))
         if file is None or record is None or record["shape"] != one["shape"]:
             raise UserError(f"{mlc} and the library do not belong together: {one['name']}; export the model again")
-        yield np.fromfile(file, np.float16, math.prod(one["shape"]), offset=record["byteOffset"]).reshape(
-            one["shape"]
-        ).astype(one["dtype"], copy=False)
+        start = first + int(end) - ALIGNMENT
+        weight = memory[start : start + size].view(one["dtype"]).reshape(one["shape"])
+        stored = np.fromfile(file, np.float16, weight.size, offset=record["byteOffset"])
+        weight[...] = stored.reshape(weight.shape)
+        yield weight
