@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.console import duration
+from common.files import gigabytes
 from submit import page
 from submit.plots import BUCKETS, Mark, Series, compact, line_plot
 from submit.run import Run
@@ -116,8 +117,8 @@ def _memory(run: Run) -> str:
     """Peak memory of the fullest rank."""
     ranks = [line for line in run.metrics if line.get("event") == "ranks"]
     series = Series("peak memory", [(float(line["step"]), float(line["peak_memory_bytes"])) for line in ranks], 4)
-    plot = line_plot("peak memory over steps", [series], x_label="steps", zero=True)
-    return page.figure("Peak memory", plot, "bytes, of the fullest device; on a CPU the process's own")
+    plot = line_plot("peak memory over steps", [series], x_label="steps", zero=True, show=gigabytes)
+    return page.figure("Peak memory", plot, "of the fullest device; on a CPU the process's own")
 
 
 def _evaluated(run: Run, name: str) -> list[tuple[float, float | None]]:

@@ -61,6 +61,11 @@ def plots(figures: Sequence[str]) -> str:
     return f'<div class="plots">{drawn}</div>' if drawn else ""
 
 
+def beside(plot: str, shown: str) -> str:
+    """A figure and a table next to each other, or below where there is no room."""
+    return f'<div class="beside">{plot}{shown}</div>' if plot and shown else plot + shown
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, mine: Sequence[int] = ()) -> str:
     """A table that scrolls by itself where it is too wide; cells are HTML. ``mine`` are rows to tell apart."""
     if not rows:

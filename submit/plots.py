@@ -14,6 +14,9 @@ from html import escape
 WIDTH, HEIGHT = 380, 216
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 38
 
+EDGE = 6
+"""Room for half a dot beside the axes."""
+
 BUCKETS = 240
 """Points of a line; a longer run is averaged over as many equal spans."""
 
@@ -22,6 +25,9 @@ STRIPS = 80
 
 EARLY = 0.02
 """Share of a run, from its start, whose steep fall may leave the plot at the top so that the rest can be read."""
+
+MANY = 50
+"""Points that a line has at least for that."""
 
 
 @dataclass(frozen=True)
@@ -271,11 +277,11 @@ class _Scale:
 
 
 def _limits(lines: Sequence[Sequence[tuple[float, float | None, float, float]]], settled: float) -> tuple[float, float]:
-    """Lowest and highest value, the highest among those from ``settled`` on where there are enough of them."""
+    """Lowest and highest value, the highest of many points among those from ``settled`` on."""
     points = [point for line in lines for point in line if point[1] is not None]
     late = [point for point in points if point[0] >= settled]
     low = min(point[2] for point in points)
-    high = max(point[3] for point in (late if len(late) >= 3 else points))
+    high = max(point[3] for point in (late if len(points) >= MANY else points))
     return low, high
 
 
@@ -288,9 +294,12 @@ def _svg(title: str, height: float, body: Sequence[str]) -> str:
 
 
 def _inside(body: Sequence[str]) -> str:
-    """The part of the drawing within the axes; what leaves it is cut off."""
+    """The part of the drawing within the axes; what leaves it above or below is cut off."""
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    return f'<svg x="{LEFT}" y="{TOP}" width="{wide}" height="{high}">{"".join(body)}</svg>'
+    return (
+        f'<svg x="{LEFT - EDGE}" y="{TOP}" width="{wide + 2 * EDGE}" height="{high}" '
+        f'viewBox="{-EDGE} 0 {wide + 2 * EDGE} {high}">{"".join(body)}</svg>'
+    )
 
 
 def _grid(up: _Scale, show: Callable[[float], str]) -> str:

@@ -23,7 +23,7 @@ from submit.ranking import SIX, TASKS
 from submit.rules import judge
 from submit.run import STAGES, Made, Run, ScoreFile, data_of, lineage
 from submit.settings import ReportCommand
-from submit.speeds import Speed, speeds
+from submit.speeds import speeds
 
 FILE = "report.html"
 """In the run folder."""
@@ -188,12 +188,12 @@ def _competition(found: Sequence[tuple[Made, ScoreFile]]) -> str:
     if score.marks:
         note = f"{score.marks[0]}. {note}"
     plot = page.figure(title, span_plot(title, spans), "dotted: the level of guessing", keys)
-    return f"<p>{escape(note)}</p>{page.plots([plot])}{page.table(head, rows, mine=list(mine))}"
+    return f"<p>{escape(note)}</p>{page.beside(plot, page.table(head, rows, mine=list(mine)))}"
 
 
 def _scored_name(one: Made, score: ScoreFile) -> str:
-    marks = [*_short(score.marks), *([str(score.found["asked"]["form"])] if "form" in score.found["asked"] else [])]
-    return f"{escape(one.name)} <small>{page.marks([score.path.parent.name, *marks])}</small>"
+    marks = dict.fromkeys([score.path.parent.name, *_short(score.marks), str(score.found["asked"]["form"])])
+    return f"{escape(one.name)} <small>{page.marks(list(marks))}</small>"
 
 
 def _score_cells(score: ScoreFile) -> list[str]:
@@ -334,7 +334,7 @@ def _memory(line: Sequence[Made]) -> str:
     ]
     head = ["model", "parameters", "on the disk", "weights, fp16", "KV cache", "workspace", "together", "phone", "gate"]
     measured = _measured(line[-1].run)
-    return page.plots([page.figure("Planned memory", plot, measured, keys)]) + page.table(head, rows)
+    return page.beside(page.figure("Planned memory", plot, measured, keys), page.table(head, rows))
 
 
 def _measured(run: Run | None) -> str:
@@ -403,8 +403,3 @@ def _settings(line: Sequence[Made]) -> str:
 def _environment(values: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: str(value) for name, value in values.items() if not isinstance(value, dict) and value is not None}
     return shown | {name: str(value) for name, value in (values.get("packages") or {}).items()}
-
-
-def decode_first(found: Sequence[Speed]) -> Speed | None:
-    """The speed that stands for a run: the phone's, else the first."""
-    return found[0] if found else None
