@@ -223,16 +223,16 @@ it was measured on one phone. Means are geometric, and zero as soon as one task 
 
 def _table(placed: Sequence[Placed]) -> str:
     columns = _columns(placed)
-    head = ["", "points", "mean", *columns.values(), "decode, tok/s", "parameters", "memory"]
+    head = ["", "points", "mean<small>shifted</small>", *columns.values(), "decode, tok/s", "parameters", "memory"]
     rows = []
     for one in placed:
         entry, found = one.entry, mean_of(one.entry)
         place = f"{one.place}. " if one.place is not None else ""
         speed = entry.throughput
         rows.append([
-            f"{place}{escape(entry.name)}<small>{escape(entry.source)}</small><small>{_marks(entry)}</small>",
+            f"{place}{escape(entry.name)}<small>{escape(entry.source)}{_marks(entry)}</small>",
             "–" if one.place is None else f"<b>{one.points}</b>",
-            "–" if found is None else f"{found.geometric:.2f}<small>shifted {found.shifted_geometric:.2f}</small>",
+            "–" if found is None else f"{found.geometric:.2f}<small>{found.shifted_geometric:.2f}</small>",
             *(_cell(entry.scores.get(task), one.places.get(task)) for task in columns),
             "–" if speed is None else f"{speed.value:,.1f}<small>{escape(speed.where)}</small>",
             "–" if entry.parameters is None else compact(entry.parameters),
@@ -248,9 +248,12 @@ def _cell(score: float | None, place: int | None) -> str:
 
 
 def _marks(entry: Entry) -> str:
+    """The notes on an entry, in frames those that keep it from a place or from the rules."""
     found = notes(entry)
     bad = [note for note in found if note.startswith(("disqualified", "data outside"))]
-    return page.marks(bad, "bad") + page.marks([note for note in found if note not in bad])
+    framed = page.marks(list(entry.unranked)) + page.marks(bad, "bad")
+    plain = "; ".join(escape(note) for note in found if note not in bad and note not in entry.unranked)
+    return (f"; {plain}" if plain else "") + (f"<br>{framed}" if framed else "")
 
 
 def _fronts(placed: Sequence[Placed]) -> str:

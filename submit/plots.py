@@ -214,7 +214,7 @@ def scatter_plot(
     if front:
         path = [f"{LEFT + across(x):.1f},{TOP + up(y):.1f}" for x, y in front]
         body.append(f'<polyline class="front" points="{" ".join(path)}"/>')
-    taken: list[tuple[float, float, float]] = []
+    taken = [(LEFT + across(x) - 6, LEFT + across(x) + 6, TOP + up(y)) for x, y in zip(xs, ys, strict=True)]
     for dot in sorted(dots, key=lambda dot: not dot.label):
         x, y = LEFT + across(dot.x), TOP + up(dot.y)
         kind = f"l{dot.slot} hollow" if dot.hollow else f"f{dot.slot} ring"

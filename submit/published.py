@@ -10,7 +10,7 @@ from typing import Literal
 TASKS = ("commonsense_qa", "bbh", "gsm8k", "humaneval", "chid", "truthfulqa")
 """In the order of the tables below."""
 
-KIT = "starting kit's README (TianjinYellow/EdgeDeviceLLMCompetition-Starting-Kit)"
+KIT = "starting kit's README"  # TianjinYellow/EdgeDeviceLLMCompetition-Starting-Kit
 SRIYA = "sriyachakravarthy's submission"
 NICS_1, NICS_2 = "NICSEffalg, Probe100 Track1", "NICSEffalg, Probe100 Track2"
 NG = "TeamNG's submission (ggjy)"

@@ -188,7 +188,7 @@ def _competition(found: Sequence[tuple[Made, ScoreFile]]) -> str:
     if score.marks:
         note = f"{score.marks[0]}. {note}"
     plot = page.figure(title, span_plot(title, spans), "dotted: the level of guessing", keys)
-    return f"<p>{escape(note)}</p>{page.beside(plot, page.table(head, rows, mine=list(mine)))}"
+    return f"<p>{escape(note)}</p>{page.plots([plot])}{page.table(head, rows, mine=list(mine))}"
 
 
 def _scored_name(one: Made, score: ScoreFile) -> str:
@@ -321,18 +321,20 @@ def _memory(line: Sequence[Made]) -> str:
     limits = [("12 GB: the phone", PHONE_MEMORY), ("MLC's OpenCL gate", float(OPENCL_GATE))]
     plot = bar_plot("memory on a phone", bars, limits, gigabytes)
     keys = {"weights, fp16": 1, "KV cache": 2, "workspace, estimated": 4}
+    fits, over = page.marks(["fits"], "good"), page.marks(["over 12 GB"], "bad")
     rows = [
         [
             escape(one.name),
             f"{size.parameters:,}",
             gigabytes(size.file_bytes) if size.file_bytes else "none",
-            *(gigabytes(value) for value in (size.phone.weights, size.phone.cache, size.workspace, size.phone.total)),
-            page.marks(["fits"], "good") if size.phone.total <= PHONE_MEMORY else page.marks(["over 12 GB"], "bad"),
+            gigabytes(size.phone.weights),
+            f"{gigabytes(size.phone.cache)} <small>{size.phone.context:,} tokens</small>",
+            f"{gigabytes(size.phone.total)} <small>{fits if size.phone.total <= PHONE_MEMORY else over}</small>",
             "passes" if size.phone.passes_gate else "does not pass",
         ]
         for one, size in sizes
     ]
-    head = ["model", "parameters", "on the disk", "weights, fp16", "KV cache", "workspace", "together", "phone", "gate"]
+    head = ["model", "parameters", "on the disk", "weights, fp16", "KV cache", "on a phone", "OpenCL gate"]
     measured = _measured(line[-1].run)
     return page.beside(page.figure("Planned memory", plot, measured, keys), page.table(head, rows))
 
