@@ -49,6 +49,8 @@ class Kind:
     defaults: Callable[[Path, Mapping[str, str]], dict[str, str]] = lambda folder, given: {}
     """Settings that put its results where the recipe has them, where the recipe does not say otherwise; of the stage's
     own folder and what is given."""
+    trains: bool = False
+    """It has ranks, saves when it is signalled, and has SLURM queue it again."""
     parts: tuple[str, ...] = ()
     """What of a result folder counts for those that read it. Default: everything."""
 
@@ -112,8 +114,8 @@ KINDS = {
         lambda folder, settings: Place(Path(settings.out), whole=Path(settings.out)),
         defaults=_own_folder("out"),
     ),
-    "train": Kind(("train.py",), "train.settings:TrainCommand", _run, defaults=_own_folder("run")),
-    "sft": Kind(("-m", "sft"), "sft.settings:SftCommand", _run, "model", _own_folder("run")),
+    "train": Kind(("train.py",), "train.settings:TrainCommand", _run, defaults=_own_folder("run"), trains=True),
+    "sft": Kind(("-m", "sft"), "sft.settings:SftCommand", _run, "model", _own_folder("run"), trains=True),
     "scoring": Kind(
         ("-m", "scoring"),
         "scoring.settings:ScoreCommand",
