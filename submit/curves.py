@@ -51,7 +51,7 @@ def story(run: Run) -> str:
         return "No step has been taken yet."
     last, planned = steps[-1], run.settings.get("tokens")
     times, unit = _over_time(steps)
-    text = f"{last['tokens']:,} tokens in {last['step']:,} steps"
+    text = f"{last['tokens']:,} tokens in {_count(last['step'], 'step')}"
     if planned and last["tokens"] < planned:
         text += f" of {planned:,} tokens ({last['tokens'] / planned:.0%})"
     text += f", {duration(times[-1] * UNITS[unit])} of training"
@@ -61,7 +61,7 @@ def story(run: Run) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+    return f"{f'{number:,}' if number else 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def _losses(run: Run, steps: Sequence[dict[str, Any]], tokens: Sequence[float], marks: Sequence[Mark]) -> str:

@@ -171,17 +171,12 @@ def _competition(found: Sequence[tuple[Made, ScoreFile]]) -> str:
             *(f"{values[task]:.2f}" for task in SIX),
             f"{_geometric([values[task] for task in SIX]):.2f}",
         ])  # fmt: skip
-    spans = [
-        Span(
-            TASKS[task],
-            result["score"],
-            *(result["interval"] or (result["score"], result["score"])),
-            chance=result["chance"],
-            others=[(other.name, scores_of(other)[task] or 0.0) for other in PUBLISHED],
-        )
-        for task, result in score.competition.items()
-        if result["score"] is not None
-    ]
+    spans = []
+    for task, result in score.competition.items():
+        if result["score"] is not None:
+            low, high = result["interval"] or (result["score"], result["score"])
+            others = [(other.name, scores_of(other)[task] or 0.0) for other in PUBLISHED]
+            spans.append(Span(TASKS[task], result["score"], low, high, result["chance"], others))
     title = f"{one.name} beside published entries"
     note = "0 to 100, 95% intervals; TruthfulQA is bleu_acc times 100. The mean is zero as soon as one task is."
     keys = {"this run": 1, "published": 7}

@@ -6,9 +6,9 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -31,21 +31,18 @@ class Look:
     """PNG of the whole page."""
 
 
-def look(address: str, *, width: int, dark: bool) -> Look:
-    """Open a page in a window of this width, in light or dark."""
-    return asyncio.run(_look(address, width, dark))
+def look(address: str, windows: Sequence[tuple[int, bool]], *, pictures: bool = False) -> list[Look]:
+    """Open a page in windows of a width, each light or dark; ``pictures`` take seconds."""
+    return asyncio.run(_look(address, windows, pictures))
 
 
-async def _look(address: str, width: int, dark: bool) -> Look:
+async def _look(address: str, windows: Sequence[tuple[int, bool]], pictures: bool) -> list[Look]:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory() as profile:
-        words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--hide-scrollbars"]
         process = await asyncio.create_subprocess_exec(
             CHROMIUM,
-            *words,
-            "--disable-background-networking",
-            f"--user-data-dir={profile}",
-            "about:blank",
+            *["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0"],
+            *["--disable-background-networking", f"--user-data-dir={profile}", "about:blank"],
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
@@ -54,7 +51,7 @@ async def _look(address: str, width: int, dark: bool) -> Look:
             async for line in process.stderr:
                 found = re.search(r"DevTools listening on ws://([^/]+)/", line.decode(errors="replace"))
                 if found:
-                    return await _seen(found[1], address, width, dark)
+                    return await _seen(found[1], address, windows, pictures)
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -62,67 +59,77 @@ async def _look(address: str, width: int, dark: bool) -> Look:
     raise AssertionError("Chromium ended before it listened")
 
 
-async def _seen(host: str, address: str, width: int, dark: bool) -> Look:
-    seen, loaded, answers = Look(), asyncio.Event(), {}
+async def _seen(host: str, address: str, windows: Sequence[tuple[int, bool]], pictures: bool) -> list[Look]:
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://{host}/json/list") as response:
             (tab,) = [one for one in await response.json() if one["type"] == "page"]
         async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-
-            async def listen() -> None:
-                async for message in socket:
-                    said = json.loads(message.data)
-                    if "id" in said:
-                        answers.pop(said["id"]).set_result(said.get("result", said))
-                    _note(seen, said, address)
-                    if said.get("method") == "Page.loadEventFired":
-                        loaded.set()
-
-            async def ask(method: str, **values: Any) -> Any:
-                answers[number := len(seen.messages) + 1000 * len(asked)] = answer = asyncio.Future()
-                asked.append(method)
-                await socket.send_json({"id": number, "method": method, "params": values})
-                return await asyncio.wait_for(answer, 60)
-
-            asked: list[str] = []
-            listening = asyncio.create_task(listen())
+            talk = _Talk(socket, address)
+            listening = asyncio.create_task(talk.listen())
             for domain in ("Page", "Runtime", "Log", "Network"):
-                await ask(f"{domain}.enable")
-            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-            await ask("Emulation.setEmulatedMedia", features=[scheme])
-            sizes = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-            await ask("Emulation.setDeviceMetricsOverride", **sizes)
-            await ask("Page.navigate", url=address)
-            await asyncio.wait_for(loaded.wait(), 60)
-            seen.overflow = await _value(ask, "document.documentElement.scrollWidth - innerWidth")
-            seen.background = await _value(ask, "getComputedStyle(document.body).backgroundColor")
-            shot = await ask("Page.captureScreenshot", captureBeyondViewport=True)
-            seen.screenshot = base64.b64decode(shot["data"])
+                await talk.ask(f"{domain}.enable")
+            found = [await talk.look(width, dark, pictures) for width, dark in windows]
             listening.cancel()
-    return seen
+            return found
 
 
-async def _value(ask: Any, expression: str) -> Any:
-    return (await ask("Runtime.evaluate", expression=expression))["result"]["value"]
+class _Talk:
+    """What is said to a tab of the browser, and what it answers."""
 
+    def __init__(self, socket: Any, address: str) -> None:
+        self._socket, self._address = socket, address
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._asked = 0
+        self._loaded = asyncio.Event()
+        self._seen = Look()
 
-def _note(seen: Look, said: dict[str, Any], address: str) -> None:
-    """Keep what an event of the browser says."""
-    method, values = said.get("method"), said.get("params", {})
-    if method == "Runtime.consoleAPICalled":
-        seen.messages.append(str([one.get("value") for one in values["args"]]))
-    elif method == "Runtime.exceptionThrown":
-        seen.messages.append(str(values["exceptionDetails"].get("text")))
-    elif method == "Log.entryAdded":
-        seen.messages.append(values["entry"]["text"])
-    elif method == "Network.requestWillBeSent":
-        url = values["request"]["url"]
-        if url != address and not url.startswith("data:"):
-            seen.requests.append(url)
+    async def listen(self) -> None:
+        """Take answers and events until the connection ends."""
+        async for message in self._socket:
+            said = json.loads(message.data)
+            if "id" in said:
+                self._answers.pop(said["id"]).set_result(said.get("result", said))
+            elif said["method"] == "Page.loadEventFired":
+                self._loaded.set()
+            else:
+                self._note(said["method"], said["params"])
 
+    async def ask(self, method: str, **values: Any) -> Any:
+        """Call a method of the browser's."""
+        self._asked += 1
+        self._answers[self._asked] = answer = asyncio.get_running_loop().create_future()
+        await self._socket.send_json({"id": self._asked, "method": method, "params": values})
+        return await asyncio.wait_for(answer, 60)
 
-def screenshot(page: Path, out: Path, *, width: int, dark: bool) -> Look:
-    """Look at a file and keep the picture."""
-    seen = look(page.absolute().as_uri(), width=width, dark=dark)
-    out.write_bytes(seen.screenshot)
-    return seen
+    async def look(self, width: int, dark: bool, picture: bool) -> Look:
+        """Load the page anew in a window."""
+        self._seen = seen = Look()
+        self._loaded.clear()
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        sizes = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        await self.ask("Emulation.setDeviceMetricsOverride", **sizes)
+        await self.ask("Page.navigate", url=self._address)
+        await asyncio.wait_for(self._loaded.wait(), 60)
+        seen.overflow = await self._value("document.documentElement.scrollWidth - innerWidth")
+        seen.background = await self._value("getComputedStyle(document.body).backgroundColor")
+        if picture:
+            shot = await self.ask("Page.captureScreenshot", captureBeyondViewport=True)
+            seen.screenshot = base64.b64decode(shot["data"])
+        return seen
+
+    async def _value(self, expression: str) -> Any:
+        return (await self.ask("Runtime.evaluate", expression=expression))["result"]["value"]
+
+    def _note(self, method: str, values: dict[str, Any]) -> None:
+        """Keep what an event says."""
+        if method == "Runtime.consoleAPICalled":
+            self._seen.messages.append(str([one.get("value") for one in values["args"]]))
+        elif method == "Runtime.exceptionThrown":
+            self._seen.messages.append(str(values["exceptionDetails"].get("text")))
+        elif method == "Log.entryAdded":
+            self._seen.messages.append(values["entry"]["text"])
+        elif method == "Network.requestWillBeSent":
+            url = values["request"]["url"]
+            if url != self._address and not url.startswith("data:"):
+                self._seen.requests.append(url)

@@ -25,12 +25,16 @@ def write_run(
     steps: int = 30,
     data: list[dict[str, Any]] | None = None,
     parent: Path | None = None,
+    teacher: Path | None = None,
     model: bool = True,
 ) -> Path:
     """A run of ``steps`` steps of 1,000 tokens, with a restart, a skipped step and a loss that is no number."""
-    settings: Any = (
-        TrainSettings(size="tiny", tokens=Count(40_000)) if parent is None else SftSettings(model=str(parent))
-    )
+    budget = Count(40_000)
+    settings: Any = TrainSettings(size="tiny", tokens=budget)
+    if teacher is not None:
+        settings = TrainSettings(init=str(parent), teacher=str(teacher), tokens=budget)
+    elif parent is not None:
+        settings = SftSettings(model=str(parent), tokens=budget)
     write_text(path / "config.yaml", to_yaml(settings))
     write_json(path / "env.json", {"command": f"python train.py --run {path.name}", "packages": {"torch": "2.13"}})
     lines: list[dict[str, Any]] = [{"event": "start", "step": 0, "tokens": 0, "time": 1.0}]
