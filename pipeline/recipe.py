@@ -104,6 +104,11 @@ def _recipe(path: Path, values: Mapping[str, Any], changes: Sequence[str]) -> Re
             stages = _changed(stages, key, value)
     for number, stage in enumerate(stages):
         before = [one.name for one in stages[:number]]
+        for setting, value in stage.settings.items():
+            if "${" in REFERENCE.sub("", value):
+                raise ValueError(
+                    f"{setting} of stage {stage.name}: {value!r} is like neither ${{STAGE}} nor ${{STAGE.run}}"
+                )
         for wanted in references(stage):
             if wanted not in before:
                 raise ValueError(

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import exclusive, readable_disk_errors
 from pipeline.settings import Recipe
 from pipeline.stages import Task
-from pipeline.state import State
+from pipeline.state import FOLDER, State
 from pipeline.table import closing
 
 CHECKOUT = Path(__file__).absolute().parent.parent
@@ -37,7 +37,7 @@ def run_recipe(recipe: Recipe, every: Sequence[Task]) -> None:
         SystemExit: a signal came; with 128 + its number. The stage has been sent it and has ended.
     """
     console = Console()
-    with exclusive(recipe.folder / "pipeline", f"the recipe's folder {recipe.folder}"):
+    with exclusive(recipe.folder / FOLDER, f"the recipe's folder {recipe.folder}"):
         state = State(recipe.folder, every)
         began = time.monotonic()
         for number, task in enumerate(every, 1):

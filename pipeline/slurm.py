@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import exclusive, write_json, write_text
 from pipeline.recipe import to_yaml
 from pipeline.settings import Recipe
 from pipeline.stages import Task
@@ -35,7 +35,12 @@ def submit(recipe: Recipe, every: Sequence[Task]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("--slurm needs sbatch on the PATH: run this on a login node of a SLURM cluster")
     folder = recipe.folder / FOLDER
-    _refuse_second(folder / "jobs.json", recipe)
+    with exclusive(folder, f"the recipe's folder {recipe.folder}"):
+        _refuse_second(folder / "jobs.json", recipe)
+        _submit(recipe, every, folder)
+
+
+def _submit(recipe: Recipe, every: Sequence[Task], folder: Path) -> None:
     state = State(recipe.folder, every)
     pending: list[Task] = []
     for task in every:

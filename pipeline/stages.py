@@ -250,5 +250,6 @@ def inputs(task: Task, others: Sequence[Task]) -> dict[str, tuple[Path, tuple[st
             if other.name != one.name and one.place.result in other.place.result.parents
         )
         found[one.name] = (one.place.result, one.kind.parts, inside)
-    found |= {str(path): (path, (), ()) for path in task.paths if path.exists()}
+    own = (task.place.result, task.place.run, task.place.whole)
+    found |= {str(path): (path, (), ()) for path in task.paths if path not in own and path.exists()}
     return found
