@@ -65,10 +65,10 @@ def _check(command: BundleCommand, run: Run, out: Path) -> None:
         raise UserError(
             f"{run.path} has no model yet; python train.py consolidate {run.path} makes one of a checkpoint"
         )
-    if out.exists() and not (out / CHECKLIST).exists():
-        raise UserError(f"{out} is there already and holds no {CHECKLIST}; choose another --out")
     if out.absolute() in (run.path, *run.path.parents):
         raise UserError(f"--out {out} holds the run itself; choose another folder")
+    if out.exists() and not (out / CHECKLIST).exists():
+        raise UserError(f"{out} is there already and holds no {CHECKLIST}; choose another --out")
     for name in ("apk", "screenshot"):
         given = getattr(command, name)
         if given is not None and not Path(given).is_file():
