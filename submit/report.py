@@ -241,9 +241,11 @@ def _short(marks: Sequence[str]) -> list[str]:
 
 def _pruning(line: Sequence[Made]) -> str:
     """The stages of the newest cut on the way side by side."""
-    found = next((one.pruning for one in reversed(line) if one.pruning.get("stages")), None)
+    cuts = [one.pruning for one in reversed(line) if one.pruning]
+    found = next((cut for cut in cuts if cut.get("stages")), None)
     if found is None:
         return ""
+    how = next((cut for cut in cuts if "method" in cut), {})  # a recovered model's file has the stages alone
     stages = found["stages"]
     first = stages[0]
     rows = [
@@ -263,10 +265,10 @@ def _pruning(line: Sequence[Made]) -> str:
     for task in first["scores"]:
         values = [one["scores"].get(task) for one in stages]
         rows.append([escape(task), *("not run" if value is None else f"{value:.2f}" for value in values)])
-    note = f"By {found['method']}, {'with' if found['repair'] else 'without'} repair"
+    notes = [f"Cut by {how['method']}, {'with' if how['repair'] else 'without'} repair."] if how else []
     if len({one["shape"]["vocab"] for one in stages}) > 1:
-        note += ". Perplexities of different vocabularies cannot be compared; bits per byte can"
-    return f"<p>{escape(note)}.</p>{page.table(['', *(escape(one['name']) for one in stages)], rows)}"
+        notes.append("Perplexities of different vocabularies cannot be compared; bits per byte can.")
+    return f"<p>{escape(' '.join(notes))}</p>{page.table(['', *(escape(one['name']) for one in stages)], rows)}"
 
 
 def _changed(count: int, before: int) -> str:

@@ -85,8 +85,8 @@ def path_of_runs(tmp_path: Path) -> Path:
     }  # fmt: skip
     after = {**stage, "name": "after", "parameters": 80, "scores": {"gsm8k": None}}
     last = write_run(top / "prune" / "recovered", parent=cut, teacher=second / "model")
-    for folder in (cut, last / "model"):
-        write_json(folder / "pruning.json", {"method": "energy", "repair": True, "stages": [stage, after]})
+    write_json(cut / "pruning.json", {"method": "energy", "repair": True, "stages": [stage]})
+    write_json(last / "model" / "pruning.json", {"stages": [stage, after]})
     spread = {"median": 120.5, "lower": 110.0, "upper": 130.0}
     measured = [{"engine": "ours", "threads": 2, "peak_memory": 10**8, "prompts": [
         {"tokens": 64, "prefill": spread, "decode": spread, "first_token": spread},
@@ -107,6 +107,7 @@ def test_the_last_run_shows_the_whole_path(path_of_runs: Path) -> None:
         "step 7 skipped",
         "<script>alert(20)</script> 中文",
         "Who <b>?",
+        "Cut by energy, with repair.",
         "perplexity, c4 <b> 20 20",
         "gsm8k 2.50 not run",
         "parameters 100 80 -20.0%",
