@@ -73,7 +73,7 @@ class State:
             Where that lies now, if there was any.
         """
         status = self.of(task)
-        aside = self._set_aside(task) if status.changed or not status.record else None
+        aside = self._set_aside(task) if status.changed else None
         began = {"state": "begun", "key": status.key, "command": task.words, "shown": task.shown, "began": time.time()}
         write_json(self._path(task), began)
         return aside
