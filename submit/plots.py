@@ -99,7 +99,7 @@ def line_plot(
     log: bool = False,
     falls: bool = False,
 ) -> str:
-    """Lines over a common x; empty text where there is nothing to draw.
+    """Lines over a common x that begins at 0; empty text where there is nothing to draw.
 
     Args:
         title: what a screen reader is told.
@@ -116,17 +116,15 @@ def line_plot(
     drawn = [(one, points) for one, points in drawn if any(point[1] is not None for point in points)]
     if not drawn:
         return ""
-    xs = [point[0] for _, points in drawn for point in points]
-    first, last = min(xs), max(xs)
-    last = last if last > first else first + 1
-    across = _Scale(first, last, 0, WIDTH - LEFT - RIGHT)
-    low, high = _limits([points for _, points in drawn], first + EARLY * (last - first) if falls else first)
+    last = max(point[0] for _, points in drawn for point in points) or 1.0
+    across = _Scale(0, last, 0, WIDTH - LEFT - RIGHT)
+    low, high = _limits([points for _, points in drawn], EARLY * last if falls else 0)
     ratio = high / low if low > 0 else 0
     up = _Scale(0 if zero else low, high, HEIGHT - TOP - BOTTOM, 0, log=log and ratio > 30, margin=0.06)
     body = [_grid(up, show), _x_axis(across, x_label)]
     inner = [_band(points, across, up, one.slot) for one, points in drawn]
     inner += [_line(one, points, across, up) for one, points in drawn]
-    inner += [_mark(mark, across) for mark in marks if first <= mark.x <= last]
+    inner += [_mark(mark, across) for mark in marks if mark.x <= last]
     inner += _strips(drawn, across, x_label, show)
     body.append(_inside(inner))
     return _svg(title, HEIGHT, body)
