@@ -12,16 +12,17 @@ from typing import Any
 from common.errors import UserError
 from submit.checklist import check_sums, sha256
 
+CHECKOUT = Path(__file__).absolute().parent.parent
+
 QUESTIONS = "--suite sample --only commonsense_qa --limit 2 --max-out-len 16 --speed false".split()
 """Enough to load the model and its tokenizer, to ask, to read the answer and to score it."""
 
 ALONE = """
 import runpy, sys
-from pathlib import Path
-source, *sys.argv[1:] = sys.argv[1:]
+source, ours, *sys.argv[1:] = sys.argv[1:]
 runpy.run_module("scoring", run_name="__main__", alter_sys=True)
-ours = {path.parent.name for path in Path(source).glob("*/__init__.py")}
-files = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.split(".")[0] in ours]
+named = [module for name, module in sys.modules.items() if name.split(".")[0] in ours.split()]
+files = [getattr(module, "__file__", None) for module in named]
 outside = [file for file in files if file is not None and not file.startswith(source)]
 sys.exit(f"this code is not from the bundle: {outside}" if outside else 0)
 """
@@ -47,7 +48,8 @@ def verify(archive: Path) -> dict[str, Any]:
 def _score(bundle: Path) -> None:
     """Score the checkpoint with the bundle's code, offline."""
     source = bundle / "source"
-    words = [sys.executable, "-P", "-c", ALONE, str(source), "checkpoint", *QUESTIONS, "--out", "answers"]
+    ours = " ".join(path.parent.name for path in CHECKOUT.glob("*/__init__.py"))
+    words = [sys.executable, "-P", "-c", ALONE, str(source), ours, "checkpoint", *QUESTIONS, "--out", "answers"]
     done = subprocess.run(
         words,
         cwd=bundle,
