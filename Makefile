@@ -4,6 +4,7 @@ RUN    := .venv/bin/python
 # What the demo trains; smaller budgets make a smaller demo.
 DEMO_TOKENS ?= 400k
 DEMO_EPOCHS ?= 10
+DEMO_RECOVERY ?= 48k
 DEMO_RUN    ?= runs/demo
 
 .PHONY: demo test check bench clean
@@ -21,22 +22,9 @@ DEMO_RUN    ?= runs/demo
 	@touch $@
 
 demo: .venv/ready
-	$(RUN) train.py --size tiny --data sample --tokens $(DEMO_TOKENS) --batch-tokens 2048 --run $(DEMO_RUN) \
-		--optimizer.lr 2e-3 --eval.every 80k --eval.tokens 20k
-	@$(RUN) -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
-		folder = sys.argv[1]; model = M.from_pretrained(folder); tokenizer = T.from_pretrained(folder); \
-		print(f"transformers loads it: {type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")' \
-		$(DEMO_RUN)/model
-	$(RUN) -m sft $(DEMO_RUN)/model --data sample --epochs $(DEMO_EPOCHS) --batch-tokens 1024 --run $(DEMO_RUN)-sft \
-		--optimizer.lr 2e-3 --eval.every 1G --eval.prompts '["What is the capital of Portugal?"]' --eval.answer 32
-	@$(RUN) -c 'import json, sys; \
-		first, *_, last = map(json.loads, open(sys.argv[1], encoding="utf-8")); \
-		print("asked: ", first["prompt"], "\nbefore:", first["text"], "\nafter: ", last["text"])' \
-		$(DEMO_RUN)-sft/samples.jsonl
-	$(RUN) -m scoring $(DEMO_RUN)-sft/model --suite sample --max-out-len 64
-	$(RUN) -m export $(DEMO_RUN)-sft/model
-	$(RUN) -m export bench $(DEMO_RUN)-sft/export --prompts '[64]' --new-tokens 64 --threads '[2]' --torch false
-	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)-sft/model"
+	$(RUN) -m pipeline recipes/demo.yaml folder=$(DEMO_RUN) pretrain.tokens=$(DEMO_TOKENS) sft.epochs=$(DEMO_EPOCHS) \
+		prune.recovery.tokens=$(DEMO_RECOVERY)
+	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)/sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,
 # because threads of several processes that wait for each other by spinning are many times slower. In the order of

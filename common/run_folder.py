@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -171,8 +172,10 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command as it was typed, near enough."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was typed, near enough: ``python -m sft MODEL`` for a package's door."""
+    door = Path(sys.argv[0])
+    program = ["-m", door.parent.name] if door.name == "__main__.py" else [door.name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:

@@ -69,7 +69,7 @@ class Script:
         for name, value in values.items():
             places = [number for number, line in enumerate(lines) if line.startswith(f"{name}=")]
             if len(places) != 1:
-                raise UserError(f"{TEMPLATE} must set {name}= on one line of its own, for --slurm fills it in")
+                raise UserError(f"the batch script must set {name}= on one line of its own, for --slurm fills it in")
             lines[places[0]] = f"{name}={value}"
         return Script("\n".join(lines) + "\n")
 
@@ -117,7 +117,7 @@ def _submit(request: Request, run: Path, script: Script, words: Sequence[str]) -
     )
     path = run / "submit.sbatch"
     write_text(path, filled.text)
-    job = _sbatch(path)
+    job = sbatch(path)
     with suppress(UserError):  # the job is in the queue, whatever becomes of this note
         write_text(path, f"{filled.text}# Submitted as job {job}.\n")
     log = str(run / f"slurm-{job}.log")
@@ -175,21 +175,21 @@ def _refuse_second_job(run: Path) -> None:
     """Two jobs of one run would fight for its folder."""
     path = run / "submit.sbatch"
     jobs = re.findall(r"^# Submitted as job (\d+)", path.read_text(encoding="utf-8"), re.M) if path.exists() else []
-    if jobs and _ask("squeue", "--noheader", f"--jobs={jobs[-1]}").stdout.strip():
+    if jobs and ask("squeue", "--noheader", f"--jobs={jobs[-1]}").stdout.strip():
         raise UserError(
             f"job {jobs[-1]} of the run {run} waits in the queue or runs; let it, or end it with scancel {jobs[-1]}"
         )
 
 
-def _sbatch(path: Path) -> str:
-    """Submit a script; returns the job's number."""
-    done = _ask("sbatch", "--parsable", str(path))
+def sbatch(path: Path, *options: str) -> str:
+    """Submit a script, with options that are not in it; returns the job's number."""
+    done = ask("sbatch", "--parsable", *options, str(path))
     if done.returncode:
         raise UserError(" ".join(done.stderr.split()).removeprefix("sbatch: error: ") or "sbatch refuses the job")
     return done.stdout.strip().partition(";")[0]
 
 
-def _ask(*words: str) -> subprocess.CompletedProcess[str]:
+def ask(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a command of SLURM's, as it would run outside of any job: a job's variables would be inherited."""
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in kept}

@@ -1,0 +1,98 @@
+"""Run folders as training, scoring, pruning and export leave them, without having run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json, write_text
+from common.settings import Count, to_dict, to_yaml
+from models.hf_config import to_config
+from models.sizes import size
+from scoring.results import Score, TaskResult, means
+from scoring.settings import ScoreSettings
+from sft.settings import SftSettings
+from train.settings import TrainSettings
+
+SIX = ("commonsense_qa", "bbh", "gsm8k", "humaneval", "chid", "truthfulqa")
+C4 = [{"stage": "pretrain", "sources": [{"source": "c4:en", "weight": 1.0}]}]
+FOREIGN = [{"stage": "unknown", "from": "phi-2"}]
+
+
+def write_run(
+    path: Path,
+    *,
+    steps: int = 30,
+    data: list[dict[str, Any]] | None = None,
+    parent: Path | None = None,
+    teacher: Path | None = None,
+    model: bool = True,
+) -> Path:
+    """A run of ``steps`` steps of 1,000 tokens, with a restart, a skipped step and a loss that is no number."""
+    budget = Count(40_000)
+    settings: Any = TrainSettings(size="tiny", tokens=budget)
+    if teacher is not None:
+        settings = TrainSettings(init=str(parent), teacher=str(teacher), tokens=budget)
+    elif parent is not None:
+        settings = SftSettings(model=str(parent), tokens=budget)
+    write_text(path / "config.yaml", to_yaml(settings))
+    write_json(path / "env.json", {"command": f"python train.py --run {path.name}", "packages": {"torch": "2.13"}})
+    lines: list[dict[str, Any]] = [{"event": "start", "step": 0, "tokens": 0, "time": 1.0}]
+    for step in range(1, steps + 1):
+        loss = None if step == 7 else 3 + 5 * math.exp(-step / 8)
+        line = {"step": step, "tokens": 1000 * step, "loss": loss, "lr": 1e-3, "grad_norm": 1.5, "tokens_per_s": 500.0}
+        lines.append(line | ({"skipped": 1} if step == 7 else {}))
+        if step % 10 == 0:
+            lines.append({"step": step, "tokens": 1000 * step, "val/loss": 3.5, "val/bpb": 1.25 - step / 1000})
+            lines.append({"event": "ranks", "step": step, "peak_memory_bytes": 5e8, "rank_seconds": 0.1})
+        if step == 20:
+            lines.append({"event": "start", "step": 20, "tokens": 20_000, "time": 2.0})
+    write_text(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "tok')
+    samples = [
+        {"step": step, "prompt": "Who <b>?", "text": f"<script>alert({step})</script> 中文"} for step in (10, 20)
+    ]
+    write_text(path / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in samples))
+    if model:
+        write_model(path / "model", data=C4 if data is None else data)
+    return path
+
+
+def write_model(folder: Path, *, data: list[dict[str, Any]], **record: Any) -> Path:
+    """A model folder without weights."""
+    write_json(folder / "config.json", to_config(size("tiny").config, bos=1, eos=2, pad=0))
+    write_json(folder / "palmtop.json", {"stage": "pretrain", "data": data, "command": "python train.py"} | record)
+    return folder
+
+
+def write_scores(
+    run: Path, scores: tuple[float | None, ...], name: str = "competition", marks: tuple[str, ...] = ()
+) -> Path:
+    """A score of the six tasks."""
+    results = [
+        TaskResult(task, score, None if score is None else (score - 1, score + 1), 20.0, 8)
+        for task, score in zip(SIX, scores, strict=True)
+    ]
+    asked = to_dict(ScoreSettings(suite="competition", max_out_len=64)) | {"form": "chat"}
+    found = Score(str(run / "model"), list(marks), asked, results)
+    if None not in scores:
+        found.means = means([score for score in scores if score is not None])
+    spread = {"median": 50.0, "lower": 49.0, "upper": 51.0}
+    found.speed = {
+        "device": "a CPU, 2 threads", "dtype": "float32", "forward_tokens": 256, "forward_seconds": spread,
+        "prompt_tokens": 192, "new_tokens": 64, "prefill": spread, "decode": spread, "peak_memory": 600_000_000,
+        "peak_memory_of": "resident", "notes": [], "throughput": 0.02,
+    }  # fmt: skip
+    found.write(run / "scores" / name)
+    return run
+
+
+def write_phone(
+    run: Path, decode: float, *, model: str = "Maker Phone 9", emulated: bool = False, peak: int = 10**9
+) -> None:
+    """A ``phone.json`` as ``python -m export phone`` writes it."""
+    spread = {"median": decode, "lower": decode - 1, "upper": decode + 1}
+    speeds = [
+        {"prompt_tokens": 64, "new_tokens": 128, "prefill": spread, "decode": spread, "first_token_seconds": spread}
+    ]
+    found = {"emulated": emulated, "device": {"model": model}, "dtype": "f16", "threads": 4, "peak_memory": peak}
+    write_json(run / "export" / "phone.json", found | {"throughput": None if emulated else speeds})
