@@ -18,6 +18,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file.
-        changes: ``STAGE.SETTING=VALUE`` for a setting of a stage, or ``folder=DIR``.
+        changes: ``STAGE.SETTING=VALUE`` for a setting of a stage, ``folder=DIR``, or ``slurm=account=lab`` for every
+            stage.
 
     Raises:
         UserError: the file cannot be read, a key or a change is unknown, a value is none, a stage refers to one that
@@ -100,6 +102,9 @@ def _recipe(path: Path, values: Mapping[str, Any], changes: Sequence[str]) -> Re
             raise ValueError(f"{change!r} is no change; write STAGE.SETTING=VALUE or folder=DIR")
         if key == "folder":
             folder = Path(value)
+        elif key == "slurm":
+            own = _request(value, "slurm")
+            stages = [replace(stage, slurm=_joined(stage.slurm, own)) for stage in stages]
         else:
             stages = _changed(stages, key, value)
     for number, stage in enumerate(stages):
@@ -132,13 +137,12 @@ def _stage(name: Any, values: Any, shared: Request | None) -> Stage:
     if not isinstance(after, list):
         raise ValueError(f"after of stage {name} is a list of stages, not {after!r}")
     own = _request(values.get("slurm"), f"slurm of stage {name}")
-    request = Request({**(shared.values if shared else {}), **(own.values if own else {})})
     return Stage(
         name,
         values["command"],
         dict(_typed(values["settings"], f"settings of stage {name}")) if values.get("settings") else {},
         tuple(map(str, after)),
-        request if request.values else None,
+        _joined(shared, own),
     )
 
 
@@ -160,12 +164,7 @@ def _changed(stages: Sequence[Stage], key: str, value: str) -> list[Stage]:
     if not setting or name not in [stage.name for stage in stages]:
         names = ", ".join(stage.name for stage in stages)
         raise ValueError(f"{key}={value} changes nothing here; it begins with one of the stages {names}, and a dot")
-    return [
-        Stage(one.name, one.command, {**one.settings, setting: value}, one.after, one.slurm)
-        if one.name == name
-        else one
-        for one in stages
-    ]
+    return [replace(one, settings={**one.settings, setting: value}) if one.name == name else one for one in stages]
 
 
 def _request(value: Any, where: str) -> Request | None:
@@ -175,6 +174,12 @@ def _request(value: Any, where: str) -> Request | None:
         return Request.parse(value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _joined(shared: Request | None, own: Request | None) -> Request | None:
+    """Two requests in one; what the second says counts."""
+    values = {**(shared.values if shared else {}), **(own.values if own else {})}
+    return Request(values) if values else None
 
 
 def _mapping(value: Any, what: str) -> dict[Any, Any]:

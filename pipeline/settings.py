@@ -14,7 +14,8 @@ class PipelineCommand:
     recipe: str | None = None
     """YAML file of stages, such as recipes/demo.yaml."""
     changes: list[str] = option([])
-    """Other values for this time, STAGE.SETTING=VALUE or folder=DIR; typed behind the recipe, without the flag."""
+    """Other values for this time, STAGE.SETTING=VALUE, folder=DIR or slurm=account=lab; typed behind the recipe,
+    without the flag."""
     show: bool = False
     """Show every stage's command and what is done already, and stop."""
     plan: bool = False

@@ -72,10 +72,8 @@ def run_entry(run: Run) -> Entry:
     if scored is None:
         raise UserError(f"{run.path} has no scores of the competition's tasks; python -m scoring {run.path / 'model'}")
     verdict = judge(data_of(lineage(run)))
-    if verdict is None:
-        track, remarks = None, ("nothing is known of its data",)
-    else:
-        track, remarks = verdict.track, () if verdict.within else (verdict.text,)
+    track = None if verdict is None else verdict.track
+    remarks = (verdict.text,) if verdict is not None and not verdict.within else ()
     reasons = [mark.partition(":")[0] for mark in scored.marks]
     if track == 1:
         reasons.append(f"one model of {MODELS}")
@@ -162,13 +160,13 @@ def text_table(placed: Sequence[Placed]) -> str:
     head = ["", "points", "mean", *_columns(placed).values(), "decode", "params", "memory"]
     lines = [head]
     for one in placed:
-        entry, found = one.entry, mean_of(one.entry)
+        entry, mean = one.entry, mean_of(one.entry)
         cells = [_with_place(entry.scores.get(task), one.places.get(task)) for task in _columns(placed)]
         speed = "-" if entry.throughput is None else f"{entry.throughput.value:,.1f}"
         lines.append([
             f"{one.place or '-'}  {entry.name}",
             "-" if one.place is None else f"{one.points}",
-            "-" if found is None else f"{found.geometric:.2f}",
+            "-" if mean is None else f"{mean.geometric:.2f}",
             *cells,
             _with_place(speed, one.places.get("throughput")),
             "-" if entry.parameters is None else compact(entry.parameters),

@@ -96,7 +96,7 @@ def _tiles(run: Run, line: Sequence[Made]) -> dict[str, tuple[str, str]]:
         tiles["geometric mean"] = (f"{means['geometric']:.2f}" if means else "none", marked)
     found = speeds(run)
     if found:
-        tiles["decode"] = (f"{found[0].decode['median']:,.1f} tok/s", f"{found[0].where}, {found[0].engine}")
+        tiles["decode, tok/s"] = (f"{found[0].decode['median']:,.1f}", f"{found[0].where}, {found[0].engine}")
     if size is not None:
         tiles["on a phone"] = (gigabytes(size.phone.total), f"of {gigabytes(PHONE_MEMORY)}, by the plan")
     return tiles

@@ -91,10 +91,11 @@ def test_stages_become_commands_that_a_user_could_type(tmp_path: Path) -> None:
 
 def test_values_can_be_others_for_once(tmp_path: Path) -> None:
     path = write(tmp_path, MINE.replace("compile: off", 'compile: "off"'))
-    recipe = read_recipe(path, ["pretrain.tokens=20k", "sft.data=a=1,b=2", "folder=elsewhere"])
+    recipe = read_recipe(path, ["pretrain.tokens=20k", "sft.data=a=1,b=2", "folder=elsewhere", "slurm=account=x,qos=y"])
     assert recipe.stages[0].settings["tokens"] == "20k"
     assert recipe.stages[1].settings["data"] == "a=1,b=2"
     assert recipe.folder == Path("elsewhere")
+    assert str(recipe.stages[0].slurm) == "account=x,time=24:00:00,gpus=8,qos=y"
 
 
 def test_a_recipe_survives_being_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ sft.log.tensorboard=false
 score.suite=sample score.only=chid score.limit=1 score.max-out-len=4 score.speed=false
 export.target=host
 bench.threads=[1] bench.torch=false bench.prompts=[16] bench.new-tokens=8 bench.repeats=1
+slurm=cpus=1,time=30
 """.split()
 """The same stages, less of each."""
 
