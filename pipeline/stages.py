@@ -62,7 +62,7 @@ class Kind:
 
     def typed(self, values: Mapping[str, str]) -> list[str]:
         """The words after ``python``."""
-        first = [values[self.subject]] if self.subject in values else []
+        first = [value for key, value in values.items() if key == self.subject]
         rest = [(f"--{key.replace('_', '-')}", value) for key, value in values.items() if key != self.subject]
         return [*self.words, *first, *(word for pair in rest for word in pair)]
 

@@ -76,6 +76,13 @@ def _more(task: Task) -> str:
         parity = record.get("parity")
         said = parity.get("summary") if isinstance(parity, dict) else parity
         return f" ({gigabytes(files)} for MLC-LLM; parity: {said})"
+    if task.stage.command == "export bench":
+        ours = [one for one in _read(task.place.result).get("measurements", []) if one["engine"] == "ours"]
+        speeds = [
+            (one["threads"], *(one["prompts"][0][kind]["median"] for kind in ("prefill", "decode"))) for one in ours
+        ]
+        said = (f"{n} threads: prefill {fill:,.0f}, decode {decode:,.0f} tok/s" for n, fill, decode in speeds)
+        return f" ({'; '.join(said)})"
     return ""
 
 

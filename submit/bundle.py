@@ -12,7 +12,7 @@ from common.console import Console
 from common.errors import UserError
 from common.files import gigabytes, new_folder, readable_disk_errors, require_space, sync, write_json, write_text
 from common.run_folder import COMMIT_FILE, git_commit
-from scoring.opencompass.submission import CONFIG, RUN, WRAPPER, Submission, write_submission
+from scoring.opencompass.submission import CONFIG, RUN, WRAPPER, Form, Submission, write_submission
 from submit.bundle_verify import verify
 from submit.checklist import CHECKLIST, SUMS, Item, sha256, write_checklist
 from submit.rules import judge
@@ -199,7 +199,7 @@ class _Bundle:
     def _opencompass(self) -> Item:
         found = self._score()
         asked = {} if found is None else found.found.get("asked") or {}
-        form = asked.get("form") or "base"
+        form: Form = "chat" if asked.get("form") == "chat" else "base"
         submission = Submission(self.out / "checkpoint", form, asked.get("max_out_len") or 1024)
         write_submission(submission, self.out / "opencompass")
         return Item(
