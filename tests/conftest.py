@@ -14,9 +14,9 @@ import torch
 collect_ignore_glob = [] if torch.cuda.is_available() else ["*_on_gpu.py"]
 """A GPU cannot be installed, so its tests are not there without one, rather than skipped."""
 
-SLOW = """test_readme test_strategies test_score test_pipeline test_scores test_slurm test_runner test_resume test_command
-test_launch test_deepspeed test_finetune test_elastic test_plan test_chat test_checkpoint test_submit test_bundle test_run
-test_library test_opencl""".split()
+SLOW = """test_readme test_strategies test_score test_pipeline test_scores test_slurm test_runner test_resume
+test_command test_launch test_deepspeed test_finetune test_elastic test_plan test_chat test_checkpoint test_submit
+test_bundle test_run test_library test_opencl""".split()
 """Files that take longest, to begin with them: one that is begun last is waited for by one process alone."""
 
 
