@@ -20,6 +20,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,15 +144,17 @@ def _key(shape: Shape, target: Target, dtype: str) -> str:
 
 def compile_library(shape: Shape, target: Target, dtype: str, out: Path) -> None:
     """Compile a model into the shared library, or for OpenCL the object, ``out``."""
-    executable = executable_of(shape, target, dtype)
-    link = _link if target.is_host else _join_aarch64 if target.is_opencl else _link_aarch64
-    executable.export_library(str(out), fcompile=link)
+    # The linker is looked for first: without one, nothing needs to be compiled.
+    link = _linker(target)
+    executable_of(shape, target, dtype).export_library(str(out), fcompile=link)
 
 
 def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
     """Compile a model; returns TVM's executable."""
     described = tvm.target.Target(target.tvm)
     operations: Operations
+    # TVM's search for common expressions fails on DLight's schedules of products ("used before definition").
+    config = {"tirx.disable_cse_tir": target.is_opencl}
     if target.is_opencl:
         operations, relax_pipeline, tir_pipeline = OpenClOperations(DTYPES[dtype], described), _gpu_pipeline(), "s_tir"
     else:
@@ -159,7 +162,7 @@ def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
         relax_pipeline, tir_pipeline = _cpu_pipeline(), "tirx"
     module, parameters = build_graph(shape, operations, DTYPES[dtype], every_logit=target.is_host)
     module = _with_metadata(module, metadata(shape, parameters, dtype))
-    with described:
+    with described, tvm.transform.PassContext(opt_level=3, config=config):
         return tvm.compile(module, target=described, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
 
 
@@ -200,6 +203,7 @@ def _gpu_pipeline() -> Any:
     """From the graph over fused operations and DLight's schedules to the virtual machine's instructions."""
     return tvm.transform.Sequential(
         [
+            relax.transform.FuseTransposeMatmul(),  # or every weight would be turned in memory first
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
@@ -234,23 +238,24 @@ def _machine_passes() -> list[Any]:
     ]
 
 
-def _link(output: str, objects: list[str], **_: Any) -> None:
-    """Make a shared library for this machine."""
-    _run([_compiler("cc", "gcc", "clang", what="a C compiler (Debian: gcc)"), "-shared", "-o", output, *objects])
+def _linker(target: Target) -> Callable[..., None]:
+    """What makes a file of TVM's objects: a shared library, or for OpenCL one object, for an app to be linked with.
 
+    A library for Android needs nothing of Android's own.
 
-def _link_aarch64(output: str, objects: list[str], **_: Any) -> None:
-    """Make a shared library for 64-bit ARM; it needs nothing of Android's own."""
-    _run([_aarch64_compiler(), "-shared", "-nostdlib", "-o", output, *objects])
+    Raises:
+        UserError: no compiler for the target is installed.
+    """
+    if target.is_host:
+        words = [_compiler("cc", "gcc", "clang", what="a C compiler (Debian: gcc)"), "-shared"]
+    else:
+        compiler = _compiler("aarch64-linux-gnu-gcc", what="a compiler for 64-bit ARM (Debian: gcc-aarch64-linux-gnu)")
+        words = [compiler, "-nostdlib", "-r" if target.is_opencl else "-shared"]
 
+    def link(output: str, objects: list[str], **_: Any) -> None:
+        _run([*words, "-o", output, *objects])
 
-def _join_aarch64(output: str, objects: list[str], **_: Any) -> None:
-    """Make one object of several, for an app to be linked with."""
-    _run([_aarch64_compiler(), "-r", "-nostdlib", "-o", output, *objects])
-
-
-def _aarch64_compiler() -> str:
-    return _compiler("aarch64-linux-gnu-gcc", what="a compiler for 64-bit ARM (Debian: gcc-aarch64-linux-gnu)")
+    return link
 
 
 def _compiler(*names: str, what: str) -> str:

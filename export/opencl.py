@@ -27,7 +27,8 @@ class OpenClOperations:
 
     def embed(self, ids: nn.Tensor, table: nn.Tensor) -> nn.Tensor:
         """A row of the table for each token."""
-        return nn.op.take(table, ids.reshape(ids.shape[1]), axis=0, mode="clip")
+        tokens = ids.reshape(ids.shape[1])
+        return nn.op.wrap_nested(relax.op.take(table._expr, tokens._expr, axis=0, mode="clip"), "embed")
 
     def linear(self, x: nn.Tensor, weight: nn.Tensor, bias: Any = None, residual: Any = None) -> nn.Tensor:
         """A product, and what is added to it."""

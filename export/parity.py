@@ -96,7 +96,7 @@ def check(model: Path, export: Path) -> dict[str, Any]:
     Raises:
         UserError: a figure is over its bar, or the model is too large for this machine's memory.
     """
-    require_memory(export / "mlc", available_memory())
+    require_memory(int(read_cache(export / "mlc")["metadata"]["ParamBytes"]), available_memory())
     (library,) = (export / "lib").glob("host-*.so")
     engine = Engine(library, export / "mlc")
     texts = read_texts(Tokenizer(model), engine.context)
@@ -175,9 +175,14 @@ def read_texts(tokenizer: Tokenizer, context: int) -> list[list[int]]:
     return found or [ids]
 
 
-def require_memory(mlc: Path, available: int | None) -> None:
-    """Raise a UserError where the weights, once in fp32 and once as exported, do not fit into ``available`` bytes."""
-    needed = 3 * int(read_cache(mlc)["metadata"]["ParamBytes"])
+def require_memory(weights: int, available: int | None) -> None:
+    """Raise a UserError where :func:`check` does not fit into a machine's memory.
+
+    Args:
+        weights: bytes of the exported ones; transformers has them in fp32 beside.
+        available: bytes; None where they are not known.
+    """
+    needed = 3 * weights
     if available is not None and needed > available:
         raise UserError(
             f"comparing the library with transformers in fp32 needs {gigabytes(needed)} of memory, and "
