@@ -13,6 +13,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def write_gguf(model: Path, out: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, values["num_hidden_layers"])
     for name, tensor in load_file(model / "model.safetensors").items():
         found = names.get_name(name, try_suffixes=(".weight",))
+        assert found is not None, name
         writer.add_tensor(found, tensor.astype(np.float16 if tensor.ndim == 2 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -94,7 +96,7 @@ class LlamaCpp:
     """llama.cpp as :class:`export.timing.Reader`."""
 
     def __init__(self, file: Path, context: int, threads: int) -> None:
-        import llama_cpp
+        import llama_cpp  # type: ignore[import-not-found]
 
         self._model = llama_cpp.Llama(
             str(file), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -105,12 +107,12 @@ class LlamaCpp:
         """Forget all tokens."""
         self._model.reset()
 
-    def prefill(self, ids: list[int]) -> Any:
+    def prefill(self, ids: Sequence[int]) -> Any:
         """Read tokens; returns the logits after the last."""
         import llama_cpp
         import numpy as np
 
-        self._model.eval(ids)
+        self._model.eval(list(ids))
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._model.ctx, -1), (self.vocab,))
 
     def decode(self, token: int) -> Any:
@@ -143,7 +145,13 @@ def bench(shape: str, args: argparse.Namespace, out: Path) -> list[Measurement]:
         print(f"\n{shape}, {threads} threads: memory is read at {gigabytes(bandwidth)}/s", flush=True)
         for dtype, others in DTYPES.items():
             folder = folders[dtype]
-            add(f"ours {dtype}", threads, ask("library", folder, threads, timed), bandwidth, read_by_decoding(folder, dtype))
+            add(
+                f"ours {dtype}",
+                threads,
+                ask("library", folder, threads, timed),
+                bandwidth,
+                read_by_decoding(folder, dtype),
+            )
             for other in others:
                 for compiled in (False, True) if args.compiled else (False,):
                     request = timed | {"dtype": TORCH[other], "compiled": compiled, "context": context}
@@ -173,7 +181,11 @@ def verdicts(found: list[Measurement], threads: int, tokens: int) -> list[str]:
     if "llama.cpp F16" in decode:
         lines.append(f"decode: {decode['ours f16'] / decode['llama.cpp F16']:.2f}x llama.cpp F16 (bar 0.95)")
     if "ours f16" in prefill:
-        for name, bar in (("torch fp32, eager", "bar 1.0"), ("torch bf16, eager", "shown"), ("llama.cpp F16", "bar 0.8")):
+        for name, bar in (
+            ("torch fp32, eager", "bar 1.0"),
+            ("torch bf16, eager", "shown"),
+            ("llama.cpp F16", "bar 0.8"),
+        ):
             if name in prefill:
                 lines.append(f"prefill of {tokens}: {prefill['ours f16'] / prefill[name]:.2f}x {name} ({bar})")
     return lines

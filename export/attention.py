@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 from tvm.tirx.script import builder as T
 
@@ -20,7 +19,6 @@ from export.kernels import (
     LANES,
     argument,
     at,
-    cast,
     constant,
     each_token,
     exp2,
@@ -334,9 +332,7 @@ def _attend(
                 LANES,
                 width,
                 lambda row, k: queries[tokens[row], head, k],
-                lambda k, column: turned[
-                    at(((kv_head * blocks + block) * width + k) * TILE_COLUMNS + column, LANES)
-                ],
+                lambda k, column: turned[at(((kv_head * blocks + block) * width + k) * TILE_COLUMNS + column, LANES)],
             )
             for row in range(TILE_TOKENS):
                 for column in range(0, TILE_COLUMNS, LANES):

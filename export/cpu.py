@@ -131,4 +131,6 @@ def _known(tokens: Any) -> int | None:
 
 
 def _call(function: Any, arguments: list[Any], shape: tuple[Any, ...]) -> nn.Tensor:
-    return nn.op.tensor_ir_op(function, str(function.attrs["kernel"]), arguments, nn.Tensor.placeholder(shape, "float32"))
+    return nn.op.tensor_ir_op(
+        function, str(function.attrs["kernel"]), arguments, nn.Tensor.placeholder(shape, "float32")
+    )

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tvm import IRModule, relax
+from tvm import IRModule
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from export.positions import Rotary
 from export.rotary import frequencies
-
 
 
 @dataclass(frozen=True)
@@ -315,9 +314,7 @@ class Parameter:
     dtype: str
 
 
-def build(
-    shape: Shape, operations: Operations, dtype: str, *, every_logit: bool
-) -> tuple[IRModule, list[Parameter]]:
+def build(shape: Shape, operations: Operations, dtype: str, *, every_logit: bool) -> tuple[IRModule, list[Parameter]]:
     """The graph of a model, and its weights in the order in which the functions take them.
 
     Args:

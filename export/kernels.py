@@ -103,8 +103,8 @@ def summed(buffer: Any, start: int, lanes: int) -> Any:
 def exp2(x: Any, lanes: int) -> Any:
     """2 to the power of x, to within 2e-7 of it, from -126 to 127.
 
-    The whole part goes into the exponent of a float; the rest, of -0.5 to 0.5, into a Taylor polynomial. libm's function
-    takes one number at a time.
+    The whole part goes into the exponent of a float; the rest, of -0.5 to 0.5, into a Taylor polynomial. libm's
+    function takes one number at a time.
     """
     x = T.max(T.min(x, constant(127, lanes)), constant(-126, lanes))
     whole = T.nearbyint(x)

@@ -16,7 +16,6 @@ Shape([sequence]), Shape([n]))`` and ``vm.builtin.kv_state_end_forward(cache)``,
 
 import hashlib
 import json
-
 import shutil
 import subprocess
 import tempfile
@@ -31,8 +30,8 @@ from tvm.s_tir import dlight
 
 from common.errors import UserError
 from common.files import cache_folder
-from export.cpu import CpuOperations
 from export.attention import PAGE
+from export.cpu import CpuOperations
 from export.graph import Operations, Parameter, Shape
 from export.graph import build as build_graph
 from export.opencl import OpenClOperations
@@ -56,7 +55,6 @@ class Target:
     def is_host(self) -> bool:
         """Whether the library runs here."""
         return self.name == "host"
-
 
     @property
     def is_opencl(self) -> bool:
@@ -86,8 +84,8 @@ CHUNK = 512
 def targets(name: str) -> list[Target]:
     """What a target of the command is compiled for.
 
-    android-cpu is two libraries, of which the phone's processor decides at run time: ``armv8`` runs on every 64-bit ARM,
-    ``fhm`` on those with FEAT_FHM.
+    android-cpu is two libraries, between which the phone's processor decides at run time: ``armv8`` runs on every
+    64-bit ARM, ``fhm`` on those with FEAT_FHM.
     """
     if name == HOST:
         return [host_target()]

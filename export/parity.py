@@ -1,8 +1,8 @@
 """Whether an exported library computes what transformers does: :func:`check`.
 
-The reference is transformers in fp32 on the weights rounded to fp16, which is what the export holds; so what is compared
-is arithmetic alone. Both read the same text, token by token as it stands there. The library reads it the three ways that
-it has: a chunk, a chunk after another, and tokens one at a time.
+The reference is transformers in fp32 on the weights rounded to fp16, which is what the export holds; so what is
+compared is arithmetic alone. Both read the same text, token by token as it stands there. The library reads it the three
+ways that it has: a chunk, a chunk after another, and tokens one at a time.
 
 Letters: T tokens, V vocabulary.
 """

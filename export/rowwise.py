@@ -73,7 +73,7 @@ def rms_norm(width: int, eps: float, dtype: str, tokens: int | None) -> PrimFunc
 
 
 def qk_norm(heads: int, kv_heads: int, width: int, eps: float, dtype: str, tokens: int | None) -> PrimFunc:
-    """The heads of queries and keys in x (T, H + 2K, N) as by :func:`rms_norm`, each kind with a weight (N) of its own."""
+    """The heads of queries and keys in x (T, H + 2K, N) as by :func:`rms_norm`, each kind with its own weight (N)."""
 
     def body() -> None:
         count = tokens_of(tokens)
@@ -177,7 +177,7 @@ def swiglu(width: int, tokens: int | None) -> PrimFunc:
 
 
 def gelu(width: int, tokens: int | None) -> PrimFunc:
-    """GELU of x (T, F) with the tanh approximation ("gelu_new"): x times a sigmoid, since 1 + tanh(z) = 2 sigmoid(2z)."""
+    """GELU of x (T, F) with the tanh approximation ("gelu_new"), as a sigmoid: 1 + tanh(z) = 2 sigmoid(2z)."""
 
     def body() -> None:
         count = tokens_of(tokens)

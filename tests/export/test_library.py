@@ -25,9 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "libraries"
 
 
-def test_a_library_is_compiled_once(
-    values: dict, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_is_compiled_once(values: dict, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = library.build(values, "host", "f16", tmp_path, context=CONTEXT)
     assert first.name.startswith("host-")
     assert [file.name for file in cache.iterdir()] == [first.name]  # and nothing half-made beside it
@@ -40,8 +38,17 @@ def test_a_library_is_compiled_once(
 
 def test_what_decides_a_library_is_in_its_name(values: dict) -> None:
     (host,) = library.targets("host")
-    shapes = [library.Shape.of(values | changes, context, 32) for changes in ({}, {"rope_theta": 5e5, "rope_parameters": None}) for context in (64, 96)]
-    keys = {library._key(shape, target, dtype) for shape in shapes for target in (host, *library.targets("android-cpu")) for dtype in ("f16", "f32")}
+    shapes = [
+        library.Shape.of(values | changes, context, 32)
+        for changes in ({}, {"rope_theta": 5e5, "rope_parameters": None})
+        for context in (64, 96)
+    ]
+    keys = {
+        library._key(shape, target, dtype)
+        for shape in shapes
+        for target in (host, *library.targets("android-cpu"))
+        for dtype in ("f16", "f32")
+    }
     assert len(keys) == 4 * 3 * 2
 
 

@@ -90,9 +90,7 @@ def test_an_engine_generates_what_transformers_does(folder: Folder, tmp_path: Pa
         Engine(file, tmp_path / "export" / "mlc")
 
 
-def test_a_library_that_computes_something_else_fails(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_a_library_that_computes_something_else_fails(folder: Folder, tmp_path: Path) -> None:
     out = exported(folder("llama"), tmp_path / "export", "f16")
     other = folder("llama", "other", rope_parameters={"rope_theta": 50.0, "rope_type": "default"})
     with pytest.raises(UserError, match=r"does not compute what transformers does: the mean KL divergence is"):
