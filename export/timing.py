@@ -60,7 +60,19 @@ def measure(reader: Reader, prompts: Sequence[int], new_tokens: int, repeats: in
                 "first_token": first,
             }
         )
-    return {"runs": runs, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"runs": runs, "peak_memory": peak_memory()}
+
+
+def peak_memory() -> int:
+    """Bytes of this process that were resident at most."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    # Linux's ru_maxrss would count what the parent had in memory when it made this process.
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def _run(reader: Reader, ids: Sequence[int], new_tokens: int) -> tuple[float, float]:

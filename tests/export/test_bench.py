@@ -68,6 +68,7 @@ def test_a_bench_of_the_whole(folder: Folder, tmp_path: Path, capsys: pytest.Cap
     assert all(prompt["decode"]["median"] > 0 for one in found for prompt in one["prompts"])
     assert found[0]["bandwidth_share"] > 0
     assert found[1]["bandwidth_share"] is None
+    assert found[0]["peak_memory"] != found[1]["peak_memory"]
     assert "next: python -m export phone" in capsys.readouterr().out
     whole = sum(one.stat().st_size for one in (out / "mlc").glob("params_shard_*.bin"))
     assert bench.read_by_decoding(out, "f16") == whole - 2 * values["vocab_size"] * values["hidden_size"]
