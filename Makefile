@@ -1,11 +1,9 @@
 # palmtop: make demo · make test · make check · make bench. Each makes .venv when it is missing.
 PYTHON ?= python3
 RUN    := .venv/bin/python
-# What the demo trains; smaller budgets make a smaller demo.
-DEMO_TOKENS ?= 400k
-DEMO_EPOCHS ?= 10
-DEMO_RECOVERY ?= 48k
-DEMO_RUN    ?= runs/demo
+DEMO_RUN ?= runs/demo
+# Other values of the demo's recipe, such as: make demo DEMO="pretrain.tokens=100k sft.epochs=3"
+DEMO     ?=
 
 .PHONY: demo test check bench clean
 
@@ -22,8 +20,7 @@ DEMO_RUN    ?= runs/demo
 	@touch $@
 
 demo: .venv/ready
-	$(RUN) -m pipeline recipes/demo.yaml folder=$(DEMO_RUN) pretrain.tokens=$(DEMO_TOKENS) sft.epochs=$(DEMO_EPOCHS) \
-		prune.recovery.tokens=$(DEMO_RECOVERY)
+	$(RUN) -m pipeline recipes/demo.yaml folder=$(DEMO_RUN) $(DEMO)
 	@echo "talk to it: $(RUN) -m sft chat $(DEMO_RUN)/sft/model"
 
 # Files are shared out to two processes, whole, for some have fixtures that are costly to make; a thread each,

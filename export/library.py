@@ -160,7 +160,8 @@ def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
         relax_pipeline, tir_pipeline = _cpu_pipeline(), "tirx"
     module, parameters = build_graph(shape, operations, DTYPES[dtype], every_logit=target.is_host)
     module = _with_metadata(module, metadata(shape, parameters, dtype))
-    with described, tvm.transform.PassContext(opt_level=3, config=config):
+    watching = tvm.transform.PassContext.current().instruments
+    with described, tvm.transform.PassContext(opt_level=3, config=config, instruments=watching):
         return tvm.compile(module, target=described, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
 
 

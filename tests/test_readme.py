@@ -139,7 +139,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         lines = sorted(commands, key=lambda line: "data tokenizer" not in line)
         words = [smaller(line, number) for number, line in enumerate(lines)]
         forked = run_command(
-            "-m", "tests.run_forked", json.dumps(words), environment=environment, folder=tmp_path, timeout=500
+            "-m", "tests.run_forked", json.dumps(words), environment=environment, folder=tmp_path, timeout=580
         )
         ends = [json.loads(end) for end in forked.stdout.splitlines()]
         assert len(ends) == len(lines), forked.stderr
