@@ -151,8 +151,6 @@ def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
     """Compile a model; returns TVM's executable."""
     described = tvm.target.Target(target.tvm)
     operations: Operations
-    # TVM's search for common expressions fails on DLight's schedules of products ("used before definition").
-    config = {"tirx.disable_cse_tir": target.is_opencl}
     if target.is_opencl:
         operations, relax_pipeline, tir_pipeline = OpenClOperations(DTYPES[dtype], described), _gpu_pipeline(), "s_tir"
     else:
@@ -160,8 +158,7 @@ def executable_of(shape: Shape, target: Target, dtype: str) -> Any:
         relax_pipeline, tir_pipeline = _cpu_pipeline(), "tirx"
     module, parameters = build_graph(shape, operations, DTYPES[dtype], every_logit=target.is_host)
     module = _with_metadata(module, metadata(shape, parameters, dtype))
-    watching = tvm.transform.PassContext.current().instruments
-    with described, tvm.transform.PassContext(opt_level=3, config=config, instruments=watching):
+    with described:
         return tvm.compile(module, target=described, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
 
 
@@ -202,7 +199,6 @@ def _gpu_pipeline() -> Any:
     """From the graph over fused operations and DLight's schedules to the virtual machine's instructions."""
     return tvm.transform.Sequential(
         [
-            relax.transform.FuseTransposeMatmul(),  # or every weight would be turned in memory first
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),

@@ -169,7 +169,7 @@ def test_few_tokens_train_adapters(changes: dict[str, Any], tokens: int, rank: i
 def test_adapters_bring_back_some_of_it(pruned: Path, dense: Path, corpus: Path) -> None:
     recovered = recover(pruned, dense, settings_of(corpus, train="adapters", lr=1e-2), lambda text: None, device="cpu")
     before, _, after = losses(recovered.parent)
-    assert after < before - 0.05
+    assert after < before - 0.02
     assert taken_shape(recovered) == taken_shape(pruned)
 
 
