@@ -150,7 +150,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
 
 def test_make_demo_trains_and_answers(tmp_path: Path) -> None:
     assert [line for line in COMMANDS if line.startswith("make")] == ["make demo", "make test"]
-    small = "pretrain.tokens=33k sft.epochs=1 score.limit=1 prune.recovery.tokens=1k score-pruned.limit=1 bench.repeats=1"
+    small = "pretrain.tokens=33k sft.epochs=1 score.limit=1 score-pruned.limit=1 prune.recovery.tokens=1k"
     environment = os.environ | {"DEMO": small, "DEMO_RUN": str(tmp_path / "demo")}
     done = subprocess.run(["make", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
