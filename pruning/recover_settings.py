@@ -18,7 +18,7 @@ class RecoverSettings:
     """Training budget; more is better. Default: 50M on a GPU; on a CPU 80k, about twenty minutes of two cores for a
     hundred million parameters."""
     train: Literal["auto", "all", "adapters"] = "auto"
-    """all weights, or adapters beside them. auto: adapters for fewer than 1M tokens, which are too few for all."""
+    """all weights, or adapters beside them. auto: adapters for fewer than 100k tokens."""
     seq_len: Count | None = None
     """Tokens in a row. Default: the context, at most 2,048, on a CPU 512."""
     batch_tokens: Count | None = None

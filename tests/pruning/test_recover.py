@@ -154,8 +154,8 @@ def test_a_cut_vocabulary_recovers(dense: Path, corpus: Path, tokenizer: Tokeniz
 @pytest.mark.parametrize(
     ("changes", "tokens", "rank"),
     [
-        ({}, 999_999, 16),
-        ({}, 1_000_000, None),
+        ({}, 99_999, 16),
+        ({}, 100_000, None),
         ({"train": "adapters"}, 1_000_000, 16),
         ({"train": "all"}, 1_000, None),
         ({"lora": LoraSettings(rank=4)}, 1_000, 4),
