@@ -199,6 +199,7 @@ def _gpu_pipeline() -> Any:
     """From the graph over fused operations and DLight's schedules to the virtual machine's instructions."""
     return tvm.transform.Sequential(
         [
+            relax.transform.FuseTransposeMatmul(),  # weights are multiplied as they lie
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),

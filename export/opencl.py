@@ -4,11 +4,13 @@ Activations are of the library's dtype, as in MLC-LLM: an Adreno multiplies fp16
 spare for fp32.
 """
 
+import math
 from typing import Any
 
-from tvm import relax, te
+from tvm import relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm import kv_cache as stock
+from tvm.relax.frontend.nn.llm import position_embedding
 from tvm.target import Target
 
 from export.attention import PAGE
@@ -99,3 +101,28 @@ class OpenClOperations:
 
 def _last_row(x: Any) -> Any:
     return te.compute((1, x.shape[1]), lambda _, i: x[x.shape[0] - 1, i], name="last_row")
+
+
+def _scaled_frequency(
+    position: Any,
+    place: Any,
+    width: int,
+    theta: float,
+    dtype: str,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> tuple[Any, Any, dict[Any, Any]]:
+    """What Llama 3.1 turns a pair by, as TVM's ``rope_freq_llama3`` gives it: cosine, sine, and the angle they name."""
+    frequency = tirx.const(1, "float32") / tirx.power(theta, place * 2 % width / tirx.const(width, "float32"))
+    turns = original_max_position_embeddings / (2 * math.pi) * frequency
+    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    smooth = tirx.max(0.0, tirx.min(1.0, smooth))
+    angle = tirx.Var("angle", "float32")
+    scaled = position * ((1.0 - smooth) * frequency / factor + smooth * frequency)
+    return tirx.cos(angle).astype(dtype), tirx.sin(angle).astype(dtype), {angle: scaled}
+
+
+# TVM's own names the frequency too, and its common subexpressions are then moved before what they are made of.
+position_embedding.rope_freq_llama3 = _scaled_frequency

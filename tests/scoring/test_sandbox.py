@@ -119,14 +119,18 @@ def test_a_bubblewrap_that_fails_is_quoted(no_boxes: Callable[[list[str]], None]
 
 
 def test_bare_when_asked(tmp_path: Path) -> None:
-    written = tmp_path / "ran"
-    daemon = "import os, time\nif os.fork() == 0: os.setsid(); time.sleep(60)"
+    written, number = tmp_path / "ran", tmp_path / "daemon"
+    daemon = (
+        "import os, time\n"
+        f"if os.fork() == 0: os.setsid(); open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
+        f"while not os.path.exists({str(number)!r}): time.sleep(0.01)"
+    )
     outcomes = run_programs(
         [f"open({str(written)!r}, 'w')", "assert False", "import os; os._exit(0)", daemon], unsafe=True
     )
     assert [outcome.passed for outcome in outcomes[:3]] == [True, False, False]
     assert written.exists()
-    assert not boxed()
+    _wait_for(lambda: not Path("/proc", number.read_text()).exists())
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("palmtop-bare-*"))
 
 
@@ -161,10 +165,12 @@ def _wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 @needs_boxes
 def test_a_killed_parent_leaves_nothing() -> None:
     command = "from scoring.sandbox import run_programs; run_programs(['import time; time.sleep(60)'], timeout=60)"
+    others = boxed()  # of tests beside this one, as some of those that come now may be
     with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT) as parent:
-        _wait_for(boxed)
+        _wait_for(lambda: boxed() - others)
         parent.kill()
-    _wait_for(lambda: not boxed())
+    left = boxed() - others
+    _wait_for(lambda: not left & boxed(), seconds=30)
     run_programs(["pass"])
     assert not list(Path("/sys/fs/cgroup").glob("**/palmtop-sandbox-*"))  # the next run sweeps them
 
