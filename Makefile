@@ -27,7 +27,7 @@ demo: .venv/ready
 # because threads of several processes that wait for each other by spinning are many times slower. In the order of
 # tests/conftest.py, the slow ones first.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 check: .venv/ready
 	$(RUN) -m ruff check .

@@ -9,13 +9,15 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from models.budget import parameters, phone_bytes
+from models.budget import default_tokens, parameters, phone_bytes
+from models.gpus import GPUS
 from models.sizes import SIZES
 from tests.conftest import ROOT, make_text, run_command, write_corpus
 from tests.data.fake_hub import C4_CARD, FakeHub
 from tests.pruning.test_qwen1 import write_qwen
 from tests.pruning.test_shapes import LLAMA_3
 from tests.scoring.eval_folder import write_eval
+from train.plan import ASSUMED_MFU, DEFAULT_GPU, Machine, tokens_per_second
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -24,15 +26,19 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 def size_table() -> str:
     """The size table as it stands in README."""
     lines = [
-        "| size | layers × width | heads / KV | parameters | on a phone | why |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| size | layers × width | heads / KV | parameters | on a phone | plan | why |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    one_h100 = Machine(GPUS[DEFAULT_GPU])
     for name, size in SIZES.items():
         config = size.config
         count, held = parameters(config).total / 1e6, phone_bytes(config, config.context) / 1e9
+        tokens = default_tokens(config)
+        hours = tokens / tokens_per_second(config, config.context, one_h100, "none", ASSUMED_MFU) / 3600
+        time = f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
         lines.append(
             f"| `{name}` | {config.layers} × {config.width} | {config.heads} / {config.kv_heads} | {count:,.0f} M "
-            f"| {held:.2f} GB | {size.why} |"
+            f"| {held:.2f} GB | {tokens / 1e9:,.2f} B, {time} | {size.why} |"
         )
     return "\n".join(lines)
 
