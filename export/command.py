@@ -76,11 +76,12 @@ class _Export:
         """Write the folder, whole or not at all."""
         needed = self.checked.memory.weights + LIBRARY_SPACE
         require_space(self.out.absolute().parent, needed, "the export")
+        if self.command.parity != "skip":
+            parity.require_memory(self.checked.memory.weights, parity.available_memory())
         with new_folder(self.out) as temporary:
             self._configuration(temporary)
-            libraries = self._libraries(
-                temporary / "lib"
-            )  # before the weights: a compiler that is not there costs nothing
+            # Before the weights: a compiler that is not there costs nothing.
+            libraries = self._libraries(temporary / "lib")
             written = self._weights(temporary / "mlc")
             found = self._parity(temporary)
             self.record = self._record(written, libraries, found)
