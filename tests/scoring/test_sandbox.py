@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common.errors import UserError
@@ -123,14 +124,14 @@ def test_bare_when_asked(tmp_path: Path) -> None:
     daemon = (
         "import os, time\n"
         f"if os.fork() == 0: os.setsid(); open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
-        f"while not os.path.exists({str(number)!r}): time.sleep(0.01)"
+        f"while not (os.path.exists({str(number)!r}) and os.path.getsize({str(number)!r})): time.sleep(0.01)"
     )
     outcomes = run_programs(
         [f"open({str(written)!r}, 'w')", "assert False", "import os; os._exit(0)", daemon], unsafe=True
     )
     assert [outcome.passed for outcome in outcomes[:3]] == [True, False, False]
     assert written.exists()
-    _wait_for(lambda: not Path("/proc", number.read_text()).exists())
+    _wait_for(lambda: not _runs(int(number.read_text())))
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("palmtop-bare-*"))
 
 
@@ -162,15 +163,25 @@ def _wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def _boxed_under(number: int) -> set[Path]:
+    """Those of a process: tests beside this one may have boxes, too."""
+    return boxed() & {Path("/proc", str(child.pid)) for child in psutil.Process(number).children(recursive=True)}
+
+
+def _runs(number: int) -> bool:
+    return any(
+        one.pid == number and one.info["status"] != psutil.STATUS_ZOMBIE for one in psutil.process_iter(["status"])
+    )
+
+
 @needs_boxes
 def test_a_killed_parent_leaves_nothing() -> None:
     command = "from scoring.sandbox import run_programs; run_programs(['import time; time.sleep(60)'], timeout=60)"
-    others = boxed()  # of tests beside this one, as some of those that come now may be
     with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT) as parent:
-        _wait_for(lambda: boxed() - others)
+        _wait_for(lambda: _boxed_under(parent.pid))
+        left = _boxed_under(parent.pid)
         parent.kill()
-    left = boxed() - others
-    _wait_for(lambda: not left & boxed(), seconds=30)
+    _wait_for(lambda: not left & boxed())
     run_programs(["pass"])
     assert not list(Path("/sys/fs/cgroup").glob("**/palmtop-sandbox-*"))  # the next run sweeps them
 
