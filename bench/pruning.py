@@ -44,6 +44,8 @@ OURS: dict[str, dict[str, Any]] = {
     "taylor": {"method": "taylor", "repair": False},
     "energy": {"method": "energy", "repair": False},
     "energy + repair": {"method": "energy", "repair": True},
+    "fisher": {"method": "fisher", "repair": False},
+    "fisher + repair": {"method": "fisher", "repair": True},
 }
 """Name, and what of the settings makes it."""
 

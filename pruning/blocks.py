@@ -6,7 +6,7 @@ that end in a linear layer, because pruning wants what that layer reads: the fee
 Shapes: B rows, T tokens in a row, D model width, V vocabulary, H query heads, N head width, F feed-forward width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -241,31 +241,44 @@ class Blocks:
 
     def nats(self, hidden: Hidden, rows: Rows) -> float:
         """The summed negative log-likelihood of all targets, from what comes out of the last block."""
-        model, head = _one_block(self.values).model, self._skeleton.lm_head
-        name = "final_layernorm" if hasattr(model, "final_layernorm") else "norm"
-        norm = getattr(model, name)
-        weights = {one: self._on_device(f"model.{name}.{one}") for one, _ in norm.named_parameters()}
-        norm.load_state_dict(weights, assign=True)
-        weight_VD = self.end("model.embed_tokens.weight" if self._tied else "lm_head.weight")
-        bias_V = torch.zeros(len(weight_VD)) if head.bias is None else self.end("lm_head.bias").float()
-        total = 0.0
+        head, total = self._head(), 0.0
         for chunk, targets in zip(hidden, rows.targets, strict=True):
             states_MD, targets_M = chunk.flatten(0, 1), targets.flatten()
             predicts = targets_M != IGNORE
             parts = zip(states_MD[predicts].split(HEAD_TOKENS), targets_M[predicts].split(HEAD_TOKENS), strict=True)
             for states, wanted in parts:
-                total += self._nll(norm(self.fetch(states)), wanted, weight_VD, bias_V)
+                total += head.nll(self.fetch(states), wanted)
         return total
 
-    def _nll(self, states_MD: Tensor, targets_M: Tensor, weight_VD: Tensor, bias_V: Tensor) -> float:
-        """The summed negative log-likelihood of targets: the head is in fp32 by some of its rows at a time."""
-        sums = []
-        for weight, bias in zip(weight_VD.split(HEAD_ROWS), bias_V.split(HEAD_ROWS), strict=True):
-            logits = F.linear(states_MD, weight.to(self.device).float(), bias.to(self.device))
-            sums.append(logits.logsumexp(-1))
-        wanted_MD = weight_VD[targets_M].to(self.device).float()
-        wanted_M = (states_MD * wanted_MD).sum(-1) + bias_V[targets_M].to(self.device)
-        return float((torch.stack(sums).logsumexp(0) - wanted_M).double().sum())
+    def slopes(self, hidden: Hidden, rows: Rows, generator: torch.Generator) -> Hidden:
+        """The gradient of the negative log-likelihood of tokens that are drawn from the model's own prediction.
+
+        Args:
+            hidden: what comes out of the last block.
+            rows: the text; where it has no target, nothing is drawn and the gradient is 0.
+            generator: draws.
+
+        Returns:
+            The gradient with respect to ``hidden``.
+        """
+        head, found = self._head(), []
+        for chunk, targets in zip(hidden, rows.targets, strict=True):
+            slopes_MD = torch.zeros(targets.numel(), chunk.shape[-1])
+            for part in (targets.flatten() != IGNORE).nonzero().squeeze(1).split(HEAD_TOKENS):
+                slopes_MD[part] = head.slope(self.fetch(chunk.flatten(0, 1)[part]), generator).cpu()
+            found.append(self.keep(slopes_MD.view(chunk.shape)))
+        return found
+
+    def _head(self) -> "_Head":
+        """What stands after the last block."""
+        model, linear = _one_block(self.values).model, self._skeleton.lm_head
+        name = "final_layernorm" if hasattr(model, "final_layernorm") else "norm"
+        norm = getattr(model, name)
+        weights = {one: self._on_device(f"model.{name}.{one}") for one, _ in norm.named_parameters()}
+        norm.load_state_dict(weights, assign=True)
+        weight_VD = self.end("model.embed_tokens.weight" if self._tied else "lm_head.weight")
+        bias_V = torch.zeros(len(weight_VD)) if linear.bias is None else self.end("lm_head.bias").float()
+        return _Head(norm.requires_grad_(False), weight_VD, bias_V.to(self.device))
 
     def _on_device(self, name: str) -> Tensor:
         return self.end(name).to(self.device).float()
@@ -277,6 +290,55 @@ class Blocks:
                 f"the weights of {self.folder} are quantised ({name} is {tensor.dtype}); give unquantised ones"
             )
         return tensor
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The last norm and the head, whose weights stay in host memory and are in fp32 by some rows at a time."""
+
+    norm: nn.Module
+    weight: Tensor
+    """(V, D), as stored."""
+    bias: Tensor
+    """(V,) in fp32, on the device."""
+
+    def nll(self, states_MD: Tensor, targets_M: Tensor) -> float:
+        """The summed negative log-likelihood of targets."""
+        normed_MD = self.norm(states_MD)
+        total_M = torch.stack([logits.logsumexp(-1) for logits, _ in self._parts(normed_MD)]).logsumexp(0)
+        wanted_M = (normed_MD * self._rows(targets_M)).sum(-1) + self.bias[targets_M.to(self.bias.device)]
+        return float((total_M - wanted_M).double().sum())
+
+    def slope(self, states_MD: Tensor, generator: torch.Generator) -> Tensor:
+        """The gradient of the negative log-likelihood of drawn tokens with respect to the states (M, D)."""
+        with torch.enable_grad():
+            normed_MD = self.norm(states_MD.requires_grad_(True))
+        totals, highest, places = [], [], []
+        for logits, first in self._parts(normed_MD.detach()):
+            totals.append(logits.logsumexp(-1))
+            noise = torch.rand(logits.shape, generator=generator).clamp_min(1e-30).log().neg().log().neg()
+            best = (logits + noise.to(logits.device)).max(-1)  # the highest with Gumbel's noise is a draw
+            highest.append(best.values)
+            places.append(best.indices + first)
+        total_M1 = torch.stack(totals).logsumexp(0).unsqueeze(-1)
+        drawn_M = torch.stack(places).gather(0, torch.stack(highest).argmax(0, keepdim=True)).squeeze(0)
+        slope_MD = -self._rows(drawn_M.cpu())
+        for logits, first in self._parts(normed_MD.detach()):
+            weight = self.weight[first : first + logits.shape[-1]].to(logits.device).float()
+            slope_MD += (logits - total_M1).exp() @ weight
+        (found,) = torch.autograd.grad(normed_MD, states_MD, slope_MD)
+        return found
+
+    def _parts(self, normed_MD: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """The logits of some rows of the head after the other, with the number of the first."""
+        first = 0
+        for weight, bias in zip(self.weight.split(HEAD_ROWS), self.bias.split(HEAD_ROWS), strict=True):
+            yield F.linear(normed_MD, weight.to(normed_MD.device).float(), bias), first
+            first += len(weight)
+
+    def _rows(self, tokens_M: Tensor) -> Tensor:
+        """The rows of the head of some tokens (M, D)."""
+        return self.weight[tokens_M].to(self.bias.device).float()
 
 
 def _one_block(values: dict[str, Any]) -> Any:

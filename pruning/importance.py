@@ -1,4 +1,4 @@
-"""Which units of a block stay: a score for each, by one of four criteria, and the best of them.
+"""Which units of a block stay: a score for each, by one of five criteria, and the best of them.
 
 A key/value head goes with its query heads and they with it.
 
@@ -62,8 +62,8 @@ def by_chance(shape: Shape, generator: torch.Generator) -> Scores:
 
 
 def by_energy(ffn_F: Tensor, heads_H: Tensor, kv_heads: int) -> Scores:
-    """What units add to the hidden state on calibration text (:class:`pruning.statistics.Energies`): a key/value head
-    adds nothing but what its query heads do."""
+    """What units add to the hidden state on calibration text (:class:`pruning.statistics.Energies`, for energy and
+    fisher): a key/value head adds nothing but what its query heads do."""
     return Scores(ffn_F.cpu(), heads_H.cpu(), torch.zeros(kv_heads))
 
 

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer
 from pruning import taylor
 from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
+from pruning.fisher import information
 from pruning.importance import Scores, by_chance, by_weights, least_influential
 from pruning.report import FILE
 from pruning.settings import CutSettings, calibration_tokens
@@ -141,7 +142,7 @@ class _Pruning:
         """The text, where something asks for it."""
         s = self.settings
         shallower = self.shape.layers < self.now.layers
-        if not shallower and not (self._narrower and (s.repair or s.method in ("energy", "taylor"))):
+        if not shallower and not (self._narrower and (s.repair or s.method in ("fisher", "energy", "taylor"))):
             return None
         rows = calibration_tokens(s, self.now.ffn) // s.seq_len
         self.console.say(f"reading {rows * s.seq_len:,} calibration tokens from {s.calibration}")
@@ -156,14 +157,14 @@ class _Pruning:
             return influence(self.blocks, rows, progress)
 
     def _weighed(self, rows: Rows | None) -> Weighed | None:
-        """How units are scored by weights alone; None for energy."""
+        """How units are scored by weights alone; None for energy, weighed or not."""
         method, parts = self.settings.method, parts_of(self.blocks.values)
         if method == "random":
             generator = torch.Generator().manual_seed(self.settings.seed)
             return lambda layer, tensors: by_chance(self.now, generator)
         if method == "l1":
             return lambda layer, tensors: by_weights(tensors, parts, self.now, lambda name, tensor: tensor.abs())
-        if method == "energy" or not self._narrower:
+        if method in ("fisher", "energy") or not self._narrower:
             return None
         assert rows is not None
         with self._progress("rows gone back through", rows.count) as progress:
@@ -177,11 +178,19 @@ class _Pruning:
 
         return weighed
 
+    def _felt(self, rows: Rows | None) -> list[Tensor] | None:
+        """What the energy of each block's units is weighed by; None for other methods."""
+        if self.settings.method != "fisher" or not self._narrower:
+            return None
+        assert rows is not None
+        with self._progress("layers felt", 2 * self.now.layers) as progress:
+            return information(self.blocks, rows, self.settings.seed, progress)
+
     def _blocks(self, writer: ShardWriter, rows: Rows | None, stay: list[int]) -> float:
         """Cut and write every block; returns the error of the hidden states after the last."""
-        weighed = self._weighed(rows)
+        weighed, felt = self._weighed(rows), self._felt(rows)
         repair = self.settings.repair and rows is not None
-        sweep = Sweep(self.blocks, rows, self.shape, weighed=weighed, repair=repair)
+        sweep = Sweep(self.blocks, rows, self.shape, weighed=weighed, felt=felt, repair=repair)
         with self._progress("layers cut", self.now.layers) as progress:
             for layer in range(self.now.layers):
                 if layer in stay:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pruning.statistics import Moments
 
-RIDGE = 2.5
+RIDGE = 10.0
 """r·M / U: the fewer tokens there are for each unit, the less they are to be believed. On SmolLM2 with 24 tokens for
-each unit r = 0.1 left the least error in the hidden states after the first two blocks, on 2,048 tokens of C4's
-validation part; 0.01 little more, 0.3 some 4% and 1 some 20% more. Perplexity was not compared."""
+each unit, perplexity on C4's validation part was 67.3 with 2.5, 65.5 with 10 and 66.4 with 40. The hidden states after
+the first blocks alone would ask for a quarter of it, but what is fitted too closely there is paid for later."""
 
 
 def refit(linear: nn.Linear, moments: Moments, ridge: float = RIDGE) -> None:

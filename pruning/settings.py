@@ -65,9 +65,10 @@ register_type(Bytes, serializer=int, deserializer=Bytes.parse)
 class CutSettings:
     """How units are chosen and repaired, and the text that decides it."""
 
-    method: Literal["energy", "l1", "taylor", "random"] = "energy"
-    """Importance of a unit: energy (its mean square times its outgoing weights), l1 (the competition's baseline),
-    taylor (needs the whole model and its gradients in memory), random (a control)."""
+    method: Literal["fisher", "energy", "l1", "taylor", "random"] = "fisher"
+    """Importance of a unit: energy (its mean square times its outgoing weights), fisher (energy, each direction counted
+    for what the prediction makes of it), l1 (the competition's baseline), taylor (needs the whole model and its
+    gradients in memory), random (a control)."""
     repair: bool = True
     """Fit the matrices that read the units to what was cut, by least squares."""
     calibration: Mix = option(Mix.parse("c4"))

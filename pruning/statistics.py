@@ -38,13 +38,16 @@ class Energies:
     Args:
         weight_DU: of the linear layer that reads the units.
         group: neighbouring units that go together: 1, or N for the columns of a head.
+        felt_DD: F, a symmetric matrix that says how much each direction of what they add counts, see
+            :mod:`pruning.fisher`; None: all as much.
     """
 
-    def __init__(self, weight_DU: Tensor, group: int) -> None:
+    def __init__(self, weight_DU: Tensor, group: int, felt_DD: Tensor | None = None) -> None:
         self._group = group
-        # The energy of a group is the sum of u·G·u over tokens, G = WᵀW of its own columns (group, U, U).
+        # The energy of a group is the sum of u·G·u over tokens, G = Wᵀ·F·W of its own columns (group, U, U).
         columns = weight_DU.unflatten(1, (-1, group))
-        self._gram = torch.einsum("dgi,dgj->gij", columns, columns)
+        felt = columns if felt_DD is None else torch.einsum("de,egi->dgi", felt_DD.to(columns.device), columns)
+        self._gram = torch.einsum("dgi,dgj->gij", columns, felt)
         self.sums = torch.zeros(len(self._gram), device=weight_DU.device)
 
     def add(self, units_MU: Tensor, weights_M1: Tensor) -> None:

@@ -44,17 +44,25 @@ class Sweep:
         rows: calibration text; None where neither energy nor repair asks for any.
         shape: to cut to.
         weighed: scores units; None for energy.
+        felt: what the energy of each block's units is weighed by, see :class:`pruning.statistics.Energies`.
         repair: whether to refit the layers that read them.
     """
 
     def __init__(
-        self, blocks: Blocks, rows: Rows | None, shape: Shape, *, weighed: Weighed | None, repair: bool
+        self,
+        blocks: Blocks,
+        rows: Rows | None,
+        shape: Shape,
+        *,
+        weighed: Weighed | None = None,
+        felt: list[Tensor] | None = None,
+        repair: bool,
     ) -> None:
         self._blocks, self._parts = blocks, parts_of(blocks.values)
         self._now, self._wanted = Shape.of(blocks.values), shape
         self._head_width = head_width(blocks.values)
         self._small_values = resized(blocks.values, shape)
-        self._weighed, self._repair = weighed, repair
+        self._weighed, self._felt, self._repair = weighed, felt, repair
         axes = ("ffn", "heads", "kv_heads")
         self._narrower = any(getattr(self._wanted, axis) < getattr(self._now, axis) for axis in axes)
         self._rows = rows if repair or (weighed is None and self._narrower) else None
@@ -69,7 +77,8 @@ class Sweep:
         """The weights of a block that stays, cut and repaired, by their names inside it, as they are stored."""
         tensors = self._blocks.tensors(layer)
         self._same = self._same and not self._narrower
-        seen = self._pass_dense(tensors) if self._rows is not None else None
+        felt = None if self._felt is None else self._felt[layer]
+        seen = self._pass_dense(tensors, felt) if self._rows is not None else None
         if self._same:  # nothing was cut so far: the streams are one
             self._pruned = list(self._dense)
             return tensors
@@ -93,11 +102,12 @@ class Sweep:
             scores = by_energy(seen.ffn.sums, seen.heads.sums, self._now.kv_heads)
         return cut(tensors, self._parts, best(scores, self._now, self._wanted), self._head_width)
 
-    def _pass_dense(self, tensors: dict[str, Tensor]) -> _Seen:
+    def _pass_dense(self, tensors: dict[str, Tensor], felt: Tensor | None) -> _Seen:
         """Move the dense stream through a block."""
         assert self._rows is not None
         block = Block(self._blocks.values, tensors, self._blocks.device)
-        seen = _Seen([], Energies(block.ffn_out.weight, 1), Energies(block.attention_out.weight, self._head_width))
+        ffn = Energies(block.ffn_out.weight, 1, felt)
+        seen = _Seen([], ffn, Energies(block.attention_out.weight, self._head_width, felt))
 
         def step(hidden: Tensor, positions: Tensor) -> Tensor:
             found = block.attention_units(hidden, positions)

@@ -95,7 +95,7 @@ def _loss_of(model: torch.nn.Module, batch) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["energy", "l1", "taylor", "random"])
+@pytest.mark.parametrize("method", ["fisher", "energy", "l1", "taylor", "random"])
 def test_a_cut_is_the_whole_model_with_units_silenced(
     kind: str, method: str, folder: Folder, corpus: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,18 @@ def test_energies_are_what_units_add() -> None:
             assert found == pytest.approx(((added.square().sum(1, keepdim=True)) * weights).sum().item(), rel=1e-4)
 
 
+def test_energies_count_directions_for_what_is_felt_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, units = torch.randn(5, 12, generator=generator), torch.randn(30, 12, generator=generator)
+    root = torch.randn(5, 5, generator=generator)
+    weights = torch.rand(30, 1, generator=generator)
+    for group in (1, 4):
+        seen, expected = Energies(weight, group, root.T @ root), Energies(root @ weight, group)
+        for energies in (seen, expected):
+            energies.add(units, weights)
+        torch.testing.assert_close(seen.sums, expected.sums)
+
+
 def test_influence_and_weights() -> None:
     hidden = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     influence = Influence()
