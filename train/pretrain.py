@@ -23,14 +23,13 @@ from models.foreign import Architecture
 from models.hf_config import to_config, with_rope_at_top
 from models.sizes import ModelConfig
 from models.transformer import initial_weight
-from train import checkpoint
 from train.device import choose_precision
 from train.engine import Values
 from train.evaluate import Evaluator
 from train.launch import Place, cores_here
 from train.loop import Objective
-from train.model_folder import generation_config, own_data, seen_before, stored_generation
 from train.optimizer import make_optimizers
+from train.records import generation_config, own_data, read_state, seen_before, stored_generation
 from train.resume import Origin, adopt_stored, stored_model
 from train.scores import LoopScores
 from train.settings import TrainSettings, model_config, resolve, run_name, run_path
@@ -183,7 +182,7 @@ def _architecture(settings: TrainSettings, stored: Path | None) -> Architecture:
     if (init / "state.json").exists():
         if settings.lora.rank is not None:
             raise UserError(f"adapters need a model folder; make one: python train.py consolidate {init}")
-        if checkpoint.read_state(init).get("lora") is not None:
+        if read_state(init).get("lora") is not None:
             raise UserError(f"{init} holds adapters alone; make a model folder: python train.py consolidate {init}")
     found = Architecture.of(init)
     return found if found.own is None else replace(found, own=config)
