@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import cache_folder, new_folder
 from common.run_folder import RunFolder
 from data.loader import Loader, Order, merge_states
-from data.packing import Batch, make_batch
+from data.packing import Batch, Layout, make_batch
 from data.prepared import PreparedSource
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, bytes_per_token, find_tokenizer, sample_texts, train_tokenizer
@@ -47,10 +47,11 @@ class PackedRows:
 
     loader: Loader
     end: int
+    layout: Layout = "packed"
 
     def take(self, rows: int) -> Batch:
         """This rank's share of the next rows."""
-        return make_batch(self.loader.take(rows), self.end)
+        return make_batch(self.loader.take(rows), self.end, self.layout)
 
     def state(self) -> dict[str, Any]:
         """The loader's state."""
@@ -126,14 +127,15 @@ def _pretrain(stage: Stage, student: Student, teacher: Teacher | None) -> signal
 
     # What the loop calls
     workers = _workers(settings, corpus, stage.device, job.world_size)
-    order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
+    streams, layout = settings.loader.streams, settings.loader.layout
+    order = Order(corpus, tokenizer.folder, seq_len, streams, settings.seed, settings.skip_bad_shards, layout)
     evaluate = Evaluator(stage, settings, corpus, tokenizer, engine.model, *_scores(stage, tokenizer, engine.raw))
     state = stage.state.get("loader")
     loader = Loader(order, workers=workers, rank=job.rank, world_size=job.world_size, state=state)
     shares = zip(corpus.sources, corpus.weights, strict=True)
     return stage.train(
         engine,
-        PackedRows(loader, tokenizer.end),
+        PackedRows(loader, tokenizer.end, layout),
         objective,
         evaluate,
         evaluate_every=settings.eval.every,
