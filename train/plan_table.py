@@ -4,9 +4,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
+from common.settings import parse, read_yaml, recipe_file, to_dict
 from models import budget, gpus
 from models.hf_config import taken_shape
 from models.sizes import ModelConfig
@@ -58,10 +60,31 @@ def print_plan(command: TrainCommand) -> None:
     machine, why = machine_of(command)
     settings = resolve(command, config, machine.world, own=trains_ours(command))
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
-    for section in describe(settings, config, machine, price=command.price, why=why):
+    recipe = [] if command.recipe is None else [_recipe(command, command.recipe)]
+    for section in [*recipe, *describe(settings, config, machine, price=command.price, why=why)]:
         console.print(_rendered(section, command.explain))
     if not command.explain:
         console.print("--explain adds the formula of every figure.", markup=False)
+
+
+def _recipe(command: TrainCommand, name: str) -> Section:
+    """What a recipe sets, and where a flag has won over it."""
+    file = recipe_file(name, "train")
+    alone = _flat(to_dict(parse(TrainCommand, ["--recipe", str(file)], prog="", description="")))
+    asked = _flat(to_dict(command))
+    rows = []
+    for key in _flat(read_yaml(file)):
+        formula = "from the recipe" if asked[key] == alone[key] else f"as given; the recipe has {alone[key]}"
+        rows.append(Row(key.replace("_", "-"), f"{asked[key]}", formula))
+    return Section(f"Recipe {file.stem}", rows)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of settings as names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def machine_of(command: TrainCommand) -> tuple[Machine, str]:
