@@ -28,6 +28,7 @@ from train.plan import (
     ways,
     workload_of,
 )
+from train.scaling import INFINIBAND, NVLINK, Compute, Network, predict
 from train.settings import TrainCommand, TrainSettings, model_config, resolve, trains_ours
 
 
@@ -296,12 +297,31 @@ def _time(
             Row("MFU", f"{mfu:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s dense bf16, {source}", reason),
             Row("tokens/s", f"{rate:,.0f}, {rate / machine.world:,.0f} a device", speed),
             Row("a step", f"{settings.batch_tokens / rate:,.2f} s", "batch / tokens/s"),
+            *_communication(job, fit, rate),
             Row("optimiser, at least", passes, "(2·weights + gradients + 2·optimiser) / bandwidth"),
             Row("time", f"{duration(seconds)} = {seconds / 86400:,.2f} days", "tokens / tokens/s, evaluation apart"),
             Row("GPU-hours", f"{hours:,.1f}", "time · devices"),
             Row("cost", cost, "GPU-hours · price"),
         ],
     )
+
+
+def _communication(job: Workload, fit: Fit, rate: float) -> list[Row]:
+    """What of a step is expected to be communication that nothing hides, on several devices."""
+    machine = job.machine
+    if machine.world == 1 or job.trainable is not None:
+        return []
+    passes = fit.micro_rows * job.seq_len * machine.world / rate
+    step = predict(
+        job,
+        fit.strategy,
+        fit.micro_rows,
+        Compute(passes, 0.0),
+        Network(machine.nodes, machine.devices, NVLINK, INFINIBAND),
+    )
+    links = f"{NVLINK.bandwidth / 1e9:.0f} GB/s within a node, {INFINIBAND.bandwidth / 1e9:.0f} GB/s a device between"
+    value = f"{1e3 * step.communication:,.1f} ms of a step are not hidden, {step.communication / step.total:.1%}"
+    return [Row("communication", f"{value}; links ASSUMED", f"not in the other figures; {links} (train/scaling.py)")]
 
 
 def _checkpoint(job: Workload, keep: int) -> Section:
