@@ -70,6 +70,9 @@ from train.settings import HealthSettings, OptimizerSettings, RunSettings
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 SIZES = (8, 2**16, 2**20, 2**22, 2**23)
 """Bytes of the messages that latency and bandwidth are fitted to."""
+BETWEEN = 384
+"""Rows and columns of the matrices that are multiplied between messages: some milliseconds."""
+REPEATS = 15
 TARGET = 0.15
 """How far the prediction may be from what is measured."""
 
@@ -188,28 +191,56 @@ def time_steps(shape: Shape, strategy: str, place: Place, together: Callable[[],
     return {"steps": seconds[2:], "updates": updates[2:]}
 
 
-def time_collectives(rank: int, world: int) -> dict[Operation, list[float]]:
-    """Median seconds of each operation, by size in :data:`SIZES`."""
+def time_collectives() -> dict[Operation, list[float]]:
+    """Median seconds of each operation, by size in :data:`SIZES`.
+
+    all_reduce one after the other, as at the end of a step, to which the computation is measured; the others, which a
+    strategy has between blocks, between short computations: the ranks do not arrive at once, and caches are cold.
+    """
     dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    square = torch.randn(BETWEEN, BETWEEN)
+
+    def between() -> None:
+        torch.mm(square, square)
+
     found: dict[Operation, list[float]] = {operation: [] for operation in OPERATIONS}
     for size in SIZES:
-        count = max(world, size // 4 // world * world)
-        whole, part = torch.zeros(count), torch.zeros(count // world)
-        actions: dict[Operation, Callable[[], object]] = {
-            "all_reduce": lambda whole=whole: dist.all_reduce(whole),  # type: ignore[misc]
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),  # type: ignore[misc]
-            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),  # type: ignore[misc]
-            "all_to_all": lambda whole=whole: dist.all_to_all_single(torch.empty_like(whole), whole),  # type: ignore[misc]
-        }
-        for operation, action in actions.items():
-            seconds = []
-            for _ in range(9):
-                start = time.perf_counter()
-                action()
-                seconds.append(time.perf_counter() - start)
-            found[operation].append(statistics.median(seconds[2:]))
+        whole = torch.zeros(max(world, size // 4 // world * world))
+        for operation in OPERATIONS:
+            action = _collective(operation, whole, world)
+            before = [] if operation == "all_reduce" else [between]
+            pairs = [(_seconds(*before), _seconds(*before, action)) for _ in range(REPEATS)]
+            alone, together = map(statistics.median, zip(*pairs, strict=True))
+            found[operation].append(max(together - alone, 1e-6))
     dist.destroy_process_group()
     return found
+
+
+def _collective(operation: Operation, whole: Tensor, world: int) -> Callable[[], object]:
+    """An operation on ``whole``, which as under FSDP2 is gathered into and cut up from memory that is new each time."""
+
+    def gather() -> None:
+        gathered = torch.empty_like(whole)
+        dist.all_gather_into_tensor(gathered, part.clone())
+        whole.copy_(gathered)
+
+    part = whole[: len(whole) // world]
+    actions: dict[Operation, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_gather": gather,
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(torch.empty_like(part), whole.clone()),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+    }
+    return actions[operation]
+
+
+def _seconds(*actions: Callable[[], object]) -> float:
+    """How long some actions take one after the other."""
+    start = time.perf_counter()
+    for action in actions:
+        action()
+    return time.perf_counter() - start
 
 
 def fit_link(operation: Operation, seconds: Sequence[float], world: int) -> Link:
@@ -274,7 +305,7 @@ def _train_alone(rank: int, world: int, barrier: Any, shape: Shape, strategy: st
 
 
 def _collectives(rank: int, world: int, barrier: Any) -> dict[Operation, list[float]]:
-    return time_collectives(rank, world)
+    return time_collectives()
 
 
 def typical(results: Sequence[dict[str, list[float]]], name: str) -> float:
