@@ -270,7 +270,12 @@ def in_processes(world: int, work: Callable[..., Any], *arguments: Any, joined: 
 
     def run(rank: int) -> None:
         if joined:
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            where: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+            }
             where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in where.items()})
         torch.set_num_threads(1)

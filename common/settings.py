@@ -117,8 +117,9 @@ def _recipe(kind: type, words: Sequence[str]) -> Path | None:
     asked = None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
-        if folders.get(flag):
-            asked = recipe_file(value if equals else following, folders[flag])
+        folder = folders.get(flag)
+        if folder is not None:
+            asked = recipe_file(value if equals else following, folder)
     return asked
 
 
