@@ -11,7 +11,7 @@ In formulas: W ranks, n bytes, a latency, B bytes a second, P parameters, b byte
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from models import budget
@@ -112,8 +112,8 @@ class Unit:
     """Of the pass's computation."""
     before: Message | None = None
     """What must have come before it can be computed; fetched while the unit before is computed."""
-    after: Message | None = None
-    """What is sent when it has been computed."""
+    after: tuple[Message, ...] = ()
+    """What is sent, one after the other, when it has been computed."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def exchange(job: Workload, strategy: str) -> Exchange:
 
     ddp sums the fp32 gradients, 4·P, in buckets as they come, once a step. fsdp, hsdp and ZeRO-3 gather each block's
     weights, b each, in both passes, and cut up its gradients after it (in fp32; ZeRO-3's are b each), for every
-    micro-batch; embedding, last norm and head are gathered once. hsdp does so within a node, and sums the shards over
+    micro-batch; embedding, last norm and head are gathered once. hsdp does so within a node, and sums each shard over
     nodes in the last micro-batch. ZeRO-2 cuts up gradients in buckets and gathers the new weights at the end.
     """
     counts, size = budget.parameters(job.config), job.value_bytes
@@ -157,11 +157,14 @@ def exchange(job: Workload, strategy: str) -> Exchange:
     share = 1 / job.config.layers
     fetch, cut = Message("all_gather", size * block, over), Message("reduce_scatter", gradient * block, over)
     forward = (Unit(0.0, Message("all_gather", size * root, over)), *(Unit(share, fetch),) * job.config.layers)
-    backward = (*(Unit(share, fetch, cut),) * job.config.layers, Unit(0.0, None, _of(cut, gradient * root)))
-    if strategy == "hsdp":
-        shards = Message("all_reduce", 4 * counts.total // job.machine.devices, "nodes")
-        return Exchange(forward, backward, (*backward, Unit(0.0, None, shards)), end)
-    return Exchange(forward, backward, backward, end)
+    root_cut = Message("reduce_scatter", gradient * root, over)
+    backward = (*(Unit(share, fetch, (cut,)),) * job.config.layers, Unit(0.0, None, (root_cut,)))
+    if strategy != "hsdp":
+        return Exchange(forward, backward, backward, end)
+    shards = job.machine.devices
+    over_nodes = [tuple(Message("all_reduce", one.size // shards, "nodes") for one in unit.after) for unit in backward]
+    last = tuple(replace(unit, after=unit.after + more) for unit, more in zip(backward, over_nodes, strict=True))
+    return Exchange(forward, backward, last, end)
 
 
 def muon_messages(job: Workload, strategy: str) -> tuple[Message, ...]:
@@ -189,18 +192,13 @@ def _bucketed(operation: Operation, size: int, first: int, bucket: int) -> tuple
     sizes = [min(first, size)]
     while sum(sizes) < size:
         sizes.append(min(bucket, size - sum(sizes)))
-    return tuple(Unit(one / size, None, Message(operation, one)) for one in sizes)
-
-
-def _of(message: Message, size: int) -> Message:
-    """The same collective of another size."""
-    return Message(message.operation, size, message.over)
+    return tuple(Unit(one / size, None, (Message(operation, one),)) for one in sizes)
 
 
 def elapsed(units: Sequence[Unit], compute: float, network: Network) -> float:
     """Seconds of a pass whose computation alone takes ``compute``."""
     if not network.hides:
-        return compute + sum(network.seconds(one) for unit in units for one in (unit.before, unit.after))
+        return compute + sum(network.seconds(one) for unit in units for one in (unit.before, *unit.after))
     clock, wire = 0.0, network.seconds(units[0].before)  # when the device and the network are free
     arrived = wire
     for unit, following in zip(units, [*units[1:], Unit(0.0)], strict=True):
@@ -209,8 +207,8 @@ def elapsed(units: Sequence[Unit], compute: float, network: Network) -> float:
         arrived = 0.0
         if following.before is not None:
             arrived = wire = max(wire, begun) + network.seconds(following.before)
-        if unit.after is not None:
-            wire = max(wire, clock) + network.seconds(unit.after)
+        if unit.after:
+            wire = max(wire, clock) + sum(map(network.seconds, unit.after))
     return max(clock, wire)
 
 

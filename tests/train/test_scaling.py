@@ -33,7 +33,7 @@ def job(devices: int = 1, nodes: int = 1, *, rows: int = 64, optimizer: str = "a
 
 
 def sent(units: tuple[Unit, ...], operation: str) -> int:
-    messages = [message for unit in units for message in (unit.before, unit.after) if message is not None]
+    messages = [message for unit in units for message in (unit.before, *unit.after) if message is not None]
     return sum(message.size for message in messages if message.operation == operation)
 
 
@@ -61,7 +61,7 @@ def test_every_parameter_is_sent_as_often_as_the_strategy_does() -> None:
     count = budget.parameters(work.config).total
     ddp = exchange(work, "ddp")
     assert (sent(ddp.backward, "all_reduce"), sent(ddp.last_backward, "all_reduce")) == (0, 4 * count)
-    assert max(unit.after.size for unit in ddp.last_backward if unit.after) == 25 * 2**20
+    assert max(unit.after[0].size for unit in ddp.last_backward) == 25 * 2**20
     fsdp = exchange(work, "fsdp")
     root = work.config.vocab * work.config.width + work.config.width  # tied
     assert sent(fsdp.forward, "all_gather") == 2 * count
@@ -70,7 +70,7 @@ def test_every_parameter_is_sent_as_often_as_the_strategy_does() -> None:
     assert fsdp.backward == fsdp.last_backward
     hsdp = exchange(work, "hsdp")
     assert {unit.before.over for unit in hsdp.forward if unit.before} == {"node"}
-    assert sent(hsdp.last_backward, "all_reduce") == 4 * count // 8
+    assert sent(hsdp.last_backward, "all_reduce") == pytest.approx(4 * count // 8, abs=work.config.layers)
     assert sent(hsdp.backward, "all_reduce") == 0
     zero = exchange(work, "deepspeed-2")
     assert sent(zero.backward, "reduce_scatter") == 2 * count
@@ -95,7 +95,7 @@ def test_muon_sends_whole_matrices_or_its_shards() -> None:
 def test_messages_hide_behind_the_computation_of_others() -> None:
     network = Network(nodes=1, devices=2, inner=Link(0.0, 1.0))  # a gather of 2n bytes takes n seconds
     fetch, cut = Message("all_gather", 2), Message("reduce_scatter", 4)
-    blocks = (Unit(0.5, fetch, cut),) * 2
+    blocks = (Unit(0.5, fetch, (cut,)),) * 2
     # Fetched 0 to 1, computed 1 to 5, meanwhile the next fetched; cut up 5 to 7, beside 5 to 9; the last cut 9 to 11.
     assert elapsed(blocks, 8.0, network) == 11.0
     assert elapsed(blocks, 8.0, replace(network, hides=False)) == 8 + 2 * (1 + 2)
