@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
@@ -29,6 +28,7 @@ from models import sizes
 from models.transformer import Transformer, initial_weight
 from train.checkpoint import Checkpoints
 from train.engine import Engine
+from train.fabric import Fabric
 
 
 def make_engine(name: str, device: str) -> Engine:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
@@ -39,6 +38,7 @@ from models import budget, sizes
 from models.sizes import ModelConfig
 from models.transformer import Transformer, initial_weight
 from train.engine import Engine
+from train.fabric import Fabric
 from train.loop import Training, fit
 from train.optimizer import make_adamw, make_optimizers
 from train.pretrain import PackedRows

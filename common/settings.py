@@ -2,7 +2,8 @@
 
 A settings dataclass documents each field once, in the string under it; that text is the flag's
 help. Nested dataclasses are groups (``--optimizer.lr``). A field whose metadata says
-``may_change`` may differ when a run resumes.
+``may_change`` may differ when a run resumes; one whose metadata names a folder of :data:`RECIPES` under ``recipes``
+names a file there, or any other YAML file, of values that all flags win over.
 """
 
 import dataclasses
@@ -23,6 +24,9 @@ Settings = TypeVar("Settings")
 
 MAY_CHANGE = {"may_change": True}
 """Metadata of a field that does not decide what a run computes."""
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+"""Folders of YAML files of settings, one for each command that takes such."""
 
 
 def option(default: Any, metadata: dict[str, Any] | None = None) -> Any:
@@ -90,7 +94,7 @@ def parse(
         description: what the help says first; end it with an example.
 
     Raises:
-        UserError: unknown flags, values that do not parse, a configuration file that is not there.
+        UserError: unknown flags, values that do not parse, a configuration file or a recipe that is not there.
         SystemExit: with 0 after ``--help``.
     """
     parser = _Parser(prog=prog, description=description, formatter_class=_Formatter)
@@ -100,9 +104,42 @@ def parse(
         help="YAML file of settings; flags after it win.",
     )
     parser.add_class_arguments(kind, None)
-    namespace = parser.parse_args(_normalise(kind, argv))
+    words = _normalise(kind, argv)
+    recipe = _recipe(kind, words)
+    namespace = parser.parse_args(words if recipe is None else ["--config", str(recipe), *words])
     namespace.pop("config", None)
     return _build(kind, namespace)
+
+
+def _recipe(kind: type, words: Sequence[str]) -> Path | None:
+    """The file of the recipe that is asked for, the last of several; None where none is."""
+    folders = {f"--{field.name}": field.metadata.get("recipes") for field in dataclasses.fields(kind)}
+    asked = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        folder = folders.get(flag)
+        if folder is not None:
+            asked = recipe_file(value if equals else following, folder)
+    return asked
+
+
+def recipe_file(name: str, folder: str) -> Path:
+    """The recipe called ``name`` in a folder of :data:`RECIPES`, or the file of that path.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).suffix:
+        if not Path(name).exists():
+            raise UserError(f"the recipe {name} is not there")
+        return Path(name)
+    known = sorted(path.stem for path in (RECIPES / folder).glob("*.yaml"))
+    if name not in known:
+        ranked = sorted(known, key=lambda one: -difflib.SequenceMatcher(None, name, one).ratio())
+        raise UserError(
+            f"no recipe is called {name!r}; there are {', '.join(ranked)} (closest first), or give a YAML file"
+        )
+    return RECIPES / folder / f"{name}.yaml"
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

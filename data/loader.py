@@ -18,9 +18,19 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from data.packing import Array
+from data.packing import Array, Layout
 from data.sources import Corpus, TextSource
-from data.streams import Plan, Position, PreparedStream, ShardReaders, Stream, TextStream, make_plans
+from data.streams import (
+    PaddedPreparedStream,
+    PaddedTextStream,
+    Plan,
+    Position,
+    PreparedStream,
+    ShardReaders,
+    Stream,
+    TextStream,
+    make_plans,
+)
 from data.tokenizer import Tokenizer
 
 GROUP = 8
@@ -38,6 +48,7 @@ class Order:
     streams: int
     seed: int
     skip_bad_shards: bool = False
+    layout: Layout = "packed"
 
 
 class StreamGroup:
@@ -76,10 +87,14 @@ class StreamGroup:
     def _open(self, stream: int) -> Stream:
         plan, position = self._plans[stream], self._positions.get(stream, Position())
         source = self._order.corpus.sources[plan.source]
+        encode, seq_len, end = self._tokenizer.encode_documents, self._order.seq_len, self._tokenizer.end
+        if self._order.layout == "padded":
+            if isinstance(source, TextSource):
+                return PaddedTextStream(plan, stream, position, self._readers, encode, seq_len, end)
+            return PaddedPreparedStream(source, plan, stream, position, seq_len, end)
         if isinstance(source, TextSource):
-            encode = self._tokenizer.encode_documents
-            return TextStream(plan, stream, position, self._readers, encode, self._order.seq_len)
-        return PreparedStream(source, plan, stream, position, self._order.seq_len)
+            return TextStream(plan, stream, position, self._readers, encode, seq_len)
+        return PreparedStream(source, plan, stream, position, seq_len)
 
 
 class Loader:

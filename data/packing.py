@@ -6,11 +6,14 @@ is predicted exactly once. After an end token a new document starts: positions s
 does not reach back, and the end token itself predicts nothing, for what follows it is another
 document's. (Where there is no begin token, the first token of the text is thus never predicted.)
 
+In the padded layout a row is one document, as in GaLore's protocol (arXiv:2403.03507): its first T tokens, filled up
+with end tokens where it is shorter. The filling predicts nothing and is not predicted.
+
 Shapes: B rows, T sequence length.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +21,9 @@ IGNORE = -100
 """Target of a position that predicts nothing (cross-entropy's usual ignore_index)."""
 
 Array = np.ndarray[Any, Any]
+
+Layout = Literal["packed", "padded"]
+"""Documents end to end, or one a row."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
 
-def make_batch(rows: Array, end: int) -> Batch:
+def make_batch(rows: Array, end: int, layout: Layout = "packed") -> Batch:
     """Turn rows (B, T + 1) of token ids into a batch; ``end`` is the id that closes documents."""
     # One block of memory: the allocator keeps it for the next batch, where several would be given back.
     inputs, targets, positions = np.empty((3, len(rows), rows.shape[1] - 1), dtype=np.int64)
@@ -51,6 +57,10 @@ def make_batch(rows: Array, end: int) -> Batch:
     steps[:] = 1
     steps[starts] = 1 - np.diff(starts, prepend=-1)
     np.cumsum(steps, out=steps)
+    if layout == "padded":
+        targets[:, -1] = IGNORE  # of a document that was cut it would be the filling
+        # A row is one document to the model, which takes the faster attention: nothing looks at the filling.
+        positions[:] = np.arange(positions.shape[1])
     return Batch(inputs, targets, positions)
 
 
@@ -58,6 +68,14 @@ def cut_rows(tokens: Array, seq_len: int) -> Array:
     """The rows (B, T + 1) in a run of B·T + 1 contiguous tokens, overlapping by one, without copying."""
     shape = ((len(tokens) - 1) // seq_len, seq_len + 1)
     return np.ndarray(shape, tokens.dtype, tokens, strides=(seq_len * tokens.itemsize, tokens.itemsize))
+
+
+def one_a_row(documents: list[Array], seq_len: int, end: int) -> Array:
+    """The first T tokens of each document as a row (B, T + 1) of its own, filled up with end tokens."""
+    rows = np.full((len(documents), seq_len + 1), end, dtype=documents[0].dtype)
+    for row, document in zip(rows, documents, strict=True):
+        row[: min(seq_len, len(document))] = document[:seq_len]
+    return rows
 
 
 def pack(documents: list[Array], seq_len: int, end: int) -> Array:

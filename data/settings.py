@@ -6,7 +6,7 @@ Imports nothing heavy: ``--help`` reads this module.
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse.typing import register_type
 
@@ -71,6 +71,8 @@ class LoaderSettings:
 
     streams: int = 64
     """Canonical streams the corpus is dealt into: part of the order of the data. A multiple of devices × workers."""
+    layout: Literal["packed", "padded"] = "packed"
+    """packed: documents end to end. padded: one a row, cut or filled up, as in GaLore's protocol."""
     workers: int | None = option(None, MAY_CHANGE)
     """Processes a device that tokenise ahead of the step; 0: the training process. Default: up to 8, on a CPU 0."""
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from common.errors import UserError
-from data.packing import Array, cut_rows
+from data.packing import Array, cut_rows, one_a_row
 from data.prepared import PreparedShard, PreparedSource
 from data.sources import Corpus, DamagedShardError, Shard, TextSource, held_out, lines, text_of
 
@@ -188,6 +188,34 @@ class TextStream:
         self._reading = Position(epoch, part)
 
 
+class PaddedTextStream(TextStream):
+    """A :class:`TextStream` whose rows are a document each (:func:`data.packing.one_a_row`)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stream: int,
+        position: Position,
+        readers: "ShardReaders",
+        encode: Encode,
+        seq_len: int,
+        end: int,
+    ) -> None:
+        super().__init__(plan, stream, position, readers, encode, seq_len)
+        self._end = end
+
+    def take(self, rows: int) -> Array:
+        """The next rows, (rows, T + 1) token ids; the next call starts with the document after this one's last."""
+        documents: list[Array] = []
+        while len(documents) < rows:
+            while not self._ahead:
+                self._read()
+            _, tokens = self._ahead.popleft()
+            if len(tokens):
+                documents.append(tokens)
+        return one_a_row(documents, self._seq_len, self._end)
+
+
 def _empty_stream(stream: int) -> UserError:
     return UserError(
         f"stream {stream} gets no documents: the corpus has too few for so many streams; "
@@ -334,6 +362,33 @@ class PreparedStream:
         self._offset = 0
 
 
+class PaddedPreparedStream(PreparedStream):
+    """A :class:`PreparedStream` with the same rows as :class:`PaddedTextStream`."""
+
+    def __init__(
+        self, source: PreparedSource, plan: Plan, stream: int, position: Position, seq_len: int, end: int
+    ) -> None:
+        super().__init__(source, plan, stream, position, seq_len)
+        self._end = end
+
+    def take(self, rows: int) -> Array:
+        """The next rows, (rows, T + 1) token ids."""
+        documents: list[Array] = []
+        empty_parts = 0
+        while len(documents) < rows:
+            stop = self._part.document_end(self._offset)
+            if stop is None:
+                empty_parts += 1
+                if empty_parts > len(self._plan.parts):
+                    raise _empty_stream(self._stream)
+                self._next_part()
+                continue
+            empty_parts = 0
+            documents.append(self._part.read(self._offset, min(self._seq_len, stop - self._offset)))
+            self._offset = stop
+        return one_a_row(documents, self._seq_len, self._end)
+
+
 class _PreparedPart:
     """The documents of a part as one run of tokens."""
 
@@ -354,6 +409,10 @@ class _PreparedPart:
         """Document and token of an offset into the run."""
         document = int(np.searchsorted(self._ends, offset, side="right"))
         return document, offset - (int(self._ends[document - 1]) if document else 0)
+
+    def document_end(self, offset: int) -> int | None:
+        """The offset behind the document that an offset into the run is in; None at the end of the run."""
+        return int(self._ends[self.locate(offset)[0]]) if offset < self._size else None
 
     def read(self, offset: int, count: int) -> Array:
         """At most ``count`` tokens from ``offset`` on; fewer where the part ends."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.errors import UserError
-from data.packing import Array, pack
+from data.packing import Array, Layout, one_a_row, pack
 from data.prepared import PreparedSource
 from data.sources import DamagedShardError, TextSource, held_out, lines, text_of
 from data.tokenizer import Tokenizer
@@ -12,19 +12,22 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Whole documents, packed."""
+    """Documents: whole and packed, or the beginning of each in a row of its own."""
 
     name: str
     """The source they are from."""
     rows: Array
     """Token ids (B, T + 1)."""
     text_bytes: int
-    """Bytes of UTF-8 of the documents' text: the denominator of bits per byte."""
+    """Bytes of UTF-8 of the whole documents' text: the denominator of bits per byte where nothing is cut."""
     documents: int
+    layout: Layout = "packed"
 
 
-def read_held_out(source: TextSource | PreparedSource, tokenizer: Tokenizer, seq_len: int, tokens: int) -> HeldOut:
-    """The first held-out documents of a source, until they have ``tokens`` tokens.
+def read_held_out(
+    source: TextSource | PreparedSource, tokenizer: Tokenizer, seq_len: int, tokens: int, layout: Layout = "packed"
+) -> HeldOut:
+    """The first held-out documents of a source, until they have ``tokens`` tokens, of padded rows those that are kept.
 
     Raises:
         UserError: the corpus holds out no document at all.
@@ -33,9 +36,9 @@ def read_held_out(source: TextSource | PreparedSource, tokenizer: Tokenizer, seq
     documents: list[Array] = []
     text_bytes = count = 0
     for ids, size in reader:
-        documents.append(ids)
+        documents.append(ids[:seq_len] if layout == "padded" else ids)
         text_bytes += size
-        count += len(ids)
+        count += len(documents[-1])
         if count >= tokens:
             break
     if not documents:
@@ -43,7 +46,8 @@ def read_held_out(source: TextSource | PreparedSource, tokenizer: Tokenizer, seq
             f"{source.name} holds no validation text: it has no shard with 'validation' in its name, and is too small "
             "for one document in 200 to be held out. Add such a shard, or use --eval.every 0"
         )
-    return HeldOut(source.name, pack(documents, seq_len, tokenizer.end), text_bytes, len(documents))
+    rows = (one_a_row if layout == "padded" else pack)(documents, seq_len, tokenizer.end)
+    return HeldOut(source.name, rows, text_bytes, len(documents), layout)
 
 
 def held_out_texts(source: TextSource) -> Iterator[str]:

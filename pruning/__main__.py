@@ -46,6 +46,11 @@ def _main() -> None:
         return
     words = ["--model", *sys.argv[1:]] if word and not word.startswith("-") else sys.argv[1:]
     asked = parse(PruneCommand, words, prog="python -m pruning", description=DESCRIPTION)
+    if asked.plan:
+        from pruning.outline import show_outline
+
+        show_outline(asked).console.say("next: the same command without --plan")
+        return
     from pruning.command import prune_command
 
     prune_command(asked)

@@ -1,4 +1,4 @@
-"""What ``python -m pruning`` does: plan, try, cut, measure, recover, score, report."""
+"""What ``python -m pruning`` does after its plan: try, cut, measure, recover, score, report."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,22 +13,18 @@ from common.console import Console, duration
 from common.errors import UserError
 from common.settings import Count, to_dict
 from data.tokenizer import Tokenizer
-from models.hf_config import read_values, taken_values
 from pruning import qwen1
 from pruning.calibration import Documents, read_test
+from pruning.outline import Outline, show_outline
 from pruning.perplexity import Measured, measure
-from pruning.plan import Candidate, candidates, describe, shortlist, summary
+from pruning.plan import Candidate, summary
 from pruning.prune import Report, prune
 from pruning.recover import recover
-from pruning.report import FILE, Stage, plan_table, rank_table, stage_table, write_report
-from pruning.settings import ImportCommand, PruneCommand, calibration_tokens, out_folder
+from pruning.report import FILE, Stage, rank_table, stage_table, write_report
+from pruning.settings import ImportCommand, PruneCommand, out_folder
 from pruning.shapes import Shape
-from pruning.vocabulary import smallest_vocabulary
 from scoring.score import score
 from scoring.settings import ScoreSettings
-
-LISTED = 12
-"""Shapes of the plan that are shown; the others are counted."""
 
 
 def import_command(command: ImportCommand) -> None:
@@ -43,31 +39,14 @@ def import_command(command: ImportCommand) -> None:
 
 
 def prune_command(command: PruneCommand) -> None:
-    """Cut a model folder as asked, or show the plan.
+    """Cut a model folder as asked, after its plan has been shown.
 
     Raises:
         UserError: anything that the user can put right; no folder is left half-written.
     """
-    assert command.model is not None
-    folder, console = Path(command.model), Console()
-    out = out_folder(command.model, command.out, "pruned")
-    if qwen1.is_qwen1(read_values(folder)):
-        raise UserError(
-            f"{folder} is a first-generation Qwen, which runs code of its own; make it an equal Qwen2 first: "
-            f"python -m pruning import {folder}"
-        )
-    values = taken_values(folder)
-    command = replace(command, tokens=Count(calibration_tokens(command, Shape.of(values).ffn)))
-    found = candidates(values, command, smallest_vocabulary(folder, command.chinese_tokens))
-    tried = shortlist(values, found, command.rank)
-    shown = to_dict(command) | {"out": str(out), "measure": ",".join(command.texts)}
-    console.settings("pruning", shown if command.recover else {**shown, "recovery": None})
-    _show_plan(console, values, command, found, tried)
-    if command.plan:
-        console.say("next: the same command without --plan")
-        return
-    _check_out(out, folder, FILE)
-    _Pruning(command, folder, out, console).run(tried)
+    outline = show_outline(command)
+    _check_out(outline.out, outline.folder, FILE)
+    _Pruning(outline).run(outline.tried)
 
 
 TRIED_ON = 4
@@ -77,10 +56,12 @@ TRIED_ON = 4
 class _Pruning:
     """One run of the command."""
 
-    def __init__(self, command: PruneCommand, folder: Path, out: Path, console: Console) -> None:
-        self.command, self.folder, self.out, self.console = command, folder, out, console
+    def __init__(self, outline: Outline) -> None:
+        self.command, self.folder, self.out = outline.command, outline.folder, outline.out
+        self.console = outline.console
+        command = self.command
         self.device = _device(command.device)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(self.folder)
         self.texts = [read_test(name, tokenizer, command.measure_tokens) for name in command.texts]
         self.trials: list[dict[str, Any]] = []
 
@@ -203,21 +184,6 @@ def _cost(report: Report) -> str:
     sources = ", ".join(f"{one['documents']:,} documents of {one['source']}" for one in found["sources"])
     outside = " (not C4 alone, so outside track 1's rules)" if found["outside_track_1"] else ""
     return f"calibrated on {found['tokens']:,} tokens, seed {found['seed']}: {sources}{outside}; {took}"
-
-
-def _show_plan(
-    console: Console,
-    values: dict[str, Any],
-    command: PruneCommand,
-    found: Sequence[Candidate],
-    tried: Sequence[Candidate],
-) -> None:
-    """The shapes that meet the target, the tried ones among them."""
-    listed = [one for number, one in enumerate(found) if number < LISTED or one in tried]
-    console.say(f"shapes for {describe(command)}, those to be tried numbered")
-    console.say(plan_table(values, listed, tried))
-    if len(found) > len(listed):
-        console.say(f"and {len(found) - len(listed):,} more")
 
 
 def _check_out(out: Path, folder: Path, mark: str) -> None:

@@ -48,3 +48,8 @@ def cut(tensors: dict[str, Tensor], parts: Parts, kept: Kept, head_width: int) -
 def _columns(heads: Sequence[int], head_width: int) -> Tensor:
     """The units of some heads."""
     return (torch.tensor(heads)[:, None] * head_width + torch.arange(head_width)).flatten()
+
+
+def cut_rows(matrix: Tensor, kept: Sequence[int]) -> Tensor:
+    """The rows of an embedding (V, D), a head (V, D) or its bias (V,) that stay: (W, D) or (W,)."""
+    return matrix.index_select(0, torch.tensor(kept, dtype=torch.long))

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer
 from pruning import taylor
 from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
+from pruning.cut import cut_rows
 from pruning.fisher import information
 from pruning.importance import Scores, by_chance, by_weights, least_influential
 from pruning.report import FILE
@@ -32,8 +33,8 @@ from pruning.settings import CutSettings, calibration_tokens
 from pruning.shapes import Shape, check, parameters, resized
 from pruning.shards import ShardWriter
 from pruning.sweep import Sweep, Weighed, influence
-from pruning.vocabulary import cut_rows, cut_vocabulary, renumbered
-from train.model_folder import data_seen, own_data, stored_generation
+from pruning.vocabulary import cut_vocabulary, renumbered
+from train.records import data_seen, own_data, stored_generation
 
 VOCABULARY_ENDS = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 """Weights outside the blocks that have a row for each token."""

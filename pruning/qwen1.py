@@ -14,19 +14,21 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from torch import Tensor
 
 from common.errors import UserError
 from common.files import new_folder, write_json
 from common.run_folder import command, git_commit
-from models.hf import WeightFiles
 from models.hf_config import read_values, with_rope_at_top
 from pruning.byte_level import bytes_of_characters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.hf import WeightFiles
 
 ARCHITECTURE = "QWenLMHeadModel"
 
@@ -85,6 +87,8 @@ def convert(folder: Path, out: Path, say: Callable[[str], None]) -> None:
     """
     values = read_values(folder)
     config = qwen2_config(values)
+    from models.hf import WeightFiles  # imports torch, and a plan asks this module whether a model is a Qwen
+
     files = WeightFiles(folder)
     with new_folder(out) as temporary:
         tokens = write_tokenizer(folder, temporary)
@@ -153,7 +157,7 @@ def qwen2_config(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"the model's config.json has no {missing}") from missing
 
 
-def qwen2_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def qwen2_tensors(name: str, tensor: "Tensor") -> dict[str, "Tensor"]:
     """A tensor of the original under Qwen2's names; nothing for a table that is no weight."""
     if name in _ENDS:
         return {_ENDS[name]: tensor}
@@ -271,8 +275,10 @@ def _is_chat(folder: Path) -> bool:
         raise UserError(f"{file} cannot be read: {error}; put it right, or remove it") from error
 
 
-def _write_weights(files: WeightFiles, out: Path, say: Callable[[str], None]) -> None:
+def _write_weights(files: "WeightFiles", out: Path, say: Callable[[str], None]) -> None:
     """The tensors of every file, renamed, in a file of the same name."""
+    from safetensors.torch import save_file
+
     index: dict[str, str] = {}
     total = 0
     by_file = files.by_file()

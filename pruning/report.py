@@ -4,16 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.files import gigabytes, write_json
 from models.budget import PHONE_BANDWIDTH
 from models.hf_config import read_values
-from pruning.perplexity import Measured
 from pruning.phone import Phone, on_phone
 from pruning.plan import Candidate
 from pruning.shapes import Shape, parameters
+
+if TYPE_CHECKING:
+    from pruning.perplexity import Measured
 
 FILE = "pruning.json"
 """In the new model folder."""
@@ -30,13 +32,13 @@ class Stage:
     file_bytes: int
     """Of the weights on the disk."""
     phone: Phone
-    losses: tuple[Measured, ...]
+    losses: "tuple[Measured, ...]"
     """On held-out text, the same at every stage."""
     scores: dict[str, float | None] = field(default_factory=dict)
     """By task, where the stage was scored."""
 
     @classmethod
-    def of(cls, name: str, folder: Path, context: int, losses: Sequence[Measured]) -> "Stage":
+    def of(cls, name: str, folder: Path, context: int, losses: "Sequence[Measured]") -> "Stage":
         """A model folder's figures, with what was measured of it."""
         values = read_values(folder)
         shape = Shape.of(values)

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import pre_tokenizers
-from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -28,7 +26,7 @@ from data.sources import Corpus, TextSource
 from data.tokenizer import Tokenizer, sample_texts
 from models.hf_config import read_values
 from pruning.byte_level import ByteLevelBpe, text_of_token
-from train.model_folder import stored_generation
+from train.records import stored_generation
 
 KEPT_FILE = "kept_tokens.json"
 """In a model folder with a cut vocabulary: the parent's id of every token, by the new id."""
@@ -207,8 +205,3 @@ def named_tokens(folder: Path) -> list[int]:
     """The ids that a folder's ``config.json`` and ``generation_config.json`` name."""
     named = [special_ids(read_values(folder)), special_ids(stored_generation(folder))]
     return [one for settings in named for ids in settings.values() for one in ids]
-
-
-def cut_rows(matrix: Tensor, kept: Sequence[int]) -> Tensor:
-    """The rows of an embedding (V, D), a head (V, D) or its bias (V,) that stay: (W, D) or (W,)."""
-    return matrix.index_select(0, torch.tensor(kept, dtype=torch.long))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from data.packing import IGNORE, Array, Batch, make_batch, pack
+from data.packing import IGNORE, Array, Batch, make_batch, one_a_row, pack
 from data.prepared import PreparedSource
 from data.sources import TextSource, open_source
 from data.validation import held_out_texts
@@ -125,7 +125,8 @@ def c4(
     whole = _read(source, tokenizer, tokens, None)
     short = _read(source, tokenizer, tokens, cut)
     packed = make_batch(pack(whole.ids, length, tokenizer.eos_token_id), tokenizer.eos_token_id)
-    rows = _one_a_row(short.ids, tokenizer.eos_token_id)
+    longest = max(1, *map(len, short.ids))
+    rows = make_batch(one_a_row(short.ids, longest, tokenizer.eos_token_id), tokenizer.eos_token_id, "padded")
     counter = _Counter(packed.target_count + rows.target_count, progress)
     packed_nats = _nats(model, packed, place, counter, documents=True)
     galore_nats = _nats(model, rows, place, counter, documents=False)
@@ -176,18 +177,6 @@ def _encode(tokenizer: Any, texts: list[str]) -> Iterator[Array]:
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     for ids in encoded:
         yield np.array([*begin, *ids, tokenizer.eos_token_id], dtype=np.uint32)
-
-
-def _one_a_row(documents: list[Array], end: int) -> Batch:
-    """A document in each row (B, T), padded on the right, where causal attention does not look."""
-    longest = max(2, *map(len, documents))
-    tokens = np.full((len(documents), longest), end, dtype=np.int64)
-    targets = np.full((len(documents), longest - 1), IGNORE, dtype=np.int64)
-    for row, document in enumerate(documents):
-        tokens[row, : len(document)] = document
-        targets[row, : len(document) - 1] = document[1:]
-    positions = np.broadcast_to(np.arange(longest - 1), targets.shape)
-    return Batch(tokens[:, :-1], targets, positions)
 
 
 def _nats(model: Any, batch: Batch, device: torch.device, counter: "_Counter", *, documents: bool) -> float:

@@ -20,8 +20,8 @@ from sft.rendering import Renderer, stops_of
 from sft.settings import SftCommand, SftSettings, resolve, row_length, run_name
 from train.device import choose_precision
 from train.launch import Place
-from train.model_folder import generation_config, own_data, seen_before, stored_generation
 from train.optimizer import make_optimizers
+from train.records import generation_config, own_data, seen_before, stored_generation
 from train.resume import adopt_stored
 from train.settings import run_path
 from train.stage import Stage, known, open_stage

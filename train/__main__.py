@@ -11,6 +11,7 @@ examples:
   python train.py --size tiny --data sample --tokens 1M      offline, on a CPU, in minutes
   python train.py --size 1b --devices 8                      all eight GPUs of this machine
   python train.py --size 1b --plan --devices 8 --nodes 4 --gpu h100-80g --price 2.5
+  python train.py --recipe galore-60m --optimizer.name muon  GaLore's protocol on C4, with another optimiser
   python train.py --size 1b --slurm nodes=4,gpus=8,time=24:00:00
   python train.py --init pruned --teacher Llama-3-8B --tokens 50M      recover a pruned model from the whole one
 The same command again goes on with the run where it stopped.

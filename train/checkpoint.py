@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from common.distributed import Job
 from common.errors import UserError
 from common.files import empty_folder, readable_disk_errors, replace_folder, require_space, sync, write_json
+from train.records import read_state
 
 # One process alone is meant. For good, because filters of warnings are the whole process's, not a thread's.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -304,14 +305,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     dcp_load(tensors, storage_reader=reader, no_dist=True)
     return weights
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint; UserError when ``path`` is none."""
-    try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint: its state.json cannot be read ({error})") from error
 
 
 def damaged(path: Path) -> str | None:

@@ -17,13 +17,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_full_optimizer_state, safe_set_local_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_local_optimizer_state as safe_set_local_state
-from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
 from train.engine import Engine, MakeOptimizers, Values
+from train.fabric import DeepSpeedStrategy, reset_seed
 from train.settings import RunSettings
 
 OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.strategies.ddp import DDPStrategy
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 
 from common.errors import UserError
 from models import gpus
 from models.sizes import ModelConfig
 from train.engine import shard
+from train.fabric import DDPStrategy, Fabric, LightningEnvironment, ModelParallelStrategy, TorchElasticEnvironment
 from train.launch import Place
 from train.plan import Fit, Machine, best, workload_of
 from train.settings import RunSettings

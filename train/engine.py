@@ -9,9 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -20,6 +17,7 @@ from torch.optim import Optimizer
 
 from common.distributed import Job
 from common.errors import UserError
+from train.fabric import DeepSpeedStrategy, Fabric, ModelParallelStrategy
 from train.health import Guard
 
 Values = Callable[[str, torch.Size], Tensor]

@@ -1,6 +1,7 @@
 """Validation loss, bits per byte and sample continuations."""
 
 import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ def validate(
     device: torch.device,
     job: Job,
 ) -> dict[str, float]:
-    """Loss in nats a token and bits per byte on held-out documents.
+    """Loss in nats a token, and bits per byte or perplexity, on held-out documents.
 
     Bits per byte is the summed negative log-likelihood, in bits, over the bytes of the text. It counts the
     end token of each document as a cost and no byte for it, and does not depend on the tokenizer.
@@ -41,7 +42,8 @@ def validate(
         job: the ranks that share the rows.
 
     Returns:
-        ``val/loss`` and ``val/bpb``, and where there are several sources both for each, as ``val/loss/NAME``.
+        ``val/loss`` and ``val/bpb``, and where there are several sources both for each, as ``val/loss/NAME``. Of padded
+        rows, whose text is cut, ``val/perplexity`` instead of bits per byte.
     """
     losses, bits = [], []
     for held in held_out:
@@ -50,18 +52,16 @@ def validate(
             negative: Tensor = model(batch["inputs"], batch["positions"], batch["targets"])[1]
             return negative[None]
 
-        nats, targets = summed(nll, make_batch(held.rows, end), rows, device, job)
+        nats, targets = summed(nll, make_batch(held.rows, end, held.layout), rows, device, job)
         losses.append(nats / max(targets, 1))
         bits.append(nats / math.log(2) / max(held.text_bytes, 1))
-    total = sum(weights)
-    figures = {
-        "val/loss": sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / total,
-        "val/bpb": sum(weight * bit for weight, bit in zip(weights, bits, strict=True)) / total,
-    }
-    if len(held_out) > 1:
-        for held, loss, bit in zip(held_out, losses, bits, strict=True):
-            figures |= {f"val/loss/{held.name}": loss, f"val/bpb/{held.name}": bit}
-    return figures
+    padded = held_out[0].layout == "padded"
+    figures: dict[str, float] = {}
+    for name, values in ({"loss": losses} if padded else {"loss": losses, "bpb": bits}).items():
+        figures[f"val/{name}"] = sum(map(operator.mul, weights, values)) / sum(weights)
+        if len(held_out) > 1:
+            figures |= {f"val/{name}/{held.name}": value for held, value in zip(held_out, values, strict=True)}
+    return figures | ({"val/perplexity": float(np.exp(figures["val/loss"]))} if padded else {})
 
 
 @torch.no_grad()
@@ -177,7 +177,8 @@ class Evaluator:
         assert settings.eval.tokens is not None
         self._seq_len = settings.seq_len
         sources = corpus.sources if settings.eval.every else ()
-        self._held_out = [read_held_out(source, tokenizer, self._seq_len, settings.eval.tokens) for source in sources]
+        tokens, layout = settings.eval.tokens, settings.loader.layout
+        self._held_out = [read_held_out(source, tokenizer, self._seq_len, tokens, layout) for source in sources]
 
     def __call__(self, step: int) -> dict[str, float]:
         """Validation figures after ``step``; continuations go to ``samples.jsonl`` and the console."""

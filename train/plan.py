@@ -243,11 +243,11 @@ def device_state(job: Workload, strategy: str) -> State:
     parameters are trained (not under DeepSpeed): weights b·P + 4·R, gradients 4·R, AdamW's moments 8·R.
     """
     if job.trainable is not None:
-        shards, extra = _shards(job, strategy), job.trainable
+        shards, extra = shards_of(job, strategy), job.trainable
         weights = job.value_bytes * budget.parameters(job.config).total + 4 * extra
         return State(-(-weights // shards), -(-4 * extra // shards), -(-8 * extra // shards))
     if not strategy.startswith("deepspeed"):
-        return budget.state_bytes(job.config, job.optimizer, shards=_shards(job, strategy))
+        return budget.state_bytes(job.config, job.optimizer, shards=shards_of(job, strategy))
     count = budget.parameters(job.config).total
     part = -(-count // job.machine.world)
     if strategy == "deepspeed-3-offload":
@@ -285,10 +285,10 @@ def step_bytes(job: Workload, strategy: str) -> int:
     if job.optimizer != "muon":
         return 0
     largest = 2 * job.config.layers * job.config.ffn * job.config.width
-    return 10 * largest // _shards(job, strategy)
+    return 10 * largest // shards_of(job, strategy)
 
 
-def _shards(job: Workload, strategy: str) -> int:
+def shards_of(job: Workload, strategy: str) -> int:
     """Devices that share the optimiser's state."""
     return {"ddp": 1, "hsdp": job.machine.devices}.get(strategy, job.machine.world)
 

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
+from common.settings import parse, read_yaml, recipe_file, to_dict
 from models import budget, gpus
 from models.hf_config import taken_shape
 from models.sizes import ModelConfig
@@ -26,6 +28,7 @@ from train.plan import (
     ways,
     workload_of,
 )
+from train.scaling import INFINIBAND, NVLINK, Compute, Network, predict
 from train.settings import TrainCommand, TrainSettings, model_config, resolve, trains_ours
 
 
@@ -58,10 +61,31 @@ def print_plan(command: TrainCommand) -> None:
     machine, why = machine_of(command)
     settings = resolve(command, config, machine.world, own=trains_ours(command))
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
-    for section in describe(settings, config, machine, price=command.price, why=why):
+    recipe = [] if command.recipe is None else [_recipe(command, command.recipe)]
+    for section in [*recipe, *describe(settings, config, machine, price=command.price, why=why)]:
         console.print(_rendered(section, command.explain))
     if not command.explain:
         console.print("--explain adds the formula of every figure.", markup=False)
+
+
+def _recipe(command: TrainCommand, name: str) -> Section:
+    """What a recipe sets, and where a flag has won over it."""
+    file = recipe_file(name, "train")
+    alone = _flat(to_dict(parse(TrainCommand, ["--recipe", str(file)], prog="", description="")))
+    asked = _flat(to_dict(command))
+    rows = []
+    for key in _flat(read_yaml(file)):
+        formula = "from the recipe" if asked[key] == alone[key] else f"as given; the recipe has {alone[key]}"
+        rows.append(Row(key.replace("_", "-"), f"{asked[key]}", formula))
+    return Section(f"Recipe {file.stem}", rows)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of settings as names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def machine_of(command: TrainCommand) -> tuple[Machine, str]:
@@ -273,12 +297,31 @@ def _time(
             Row("MFU", f"{mfu:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s dense bf16, {source}", reason),
             Row("tokens/s", f"{rate:,.0f}, {rate / machine.world:,.0f} a device", speed),
             Row("a step", f"{settings.batch_tokens / rate:,.2f} s", "batch / tokens/s"),
+            *_communication(job, fit, rate),
             Row("optimiser, at least", passes, "(2·weights + gradients + 2·optimiser) / bandwidth"),
             Row("time", f"{duration(seconds)} = {seconds / 86400:,.2f} days", "tokens / tokens/s, evaluation apart"),
             Row("GPU-hours", f"{hours:,.1f}", "time · devices"),
             Row("cost", cost, "GPU-hours · price"),
         ],
     )
+
+
+def _communication(job: Workload, fit: Fit, rate: float) -> list[Row]:
+    """What of a step is expected to be communication that nothing hides, on several devices."""
+    machine = job.machine
+    if machine.world == 1 or job.trainable is not None:
+        return []
+    passes = fit.micro_rows * job.seq_len * machine.world / rate
+    step = predict(
+        job,
+        fit.strategy,
+        fit.micro_rows,
+        Compute(passes, 0.0),
+        Network(machine.nodes, machine.devices, NVLINK, INFINIBAND),
+    )
+    links = f"{NVLINK.bandwidth / 1e9:.0f} GB/s within a node, {INFINIBAND.bandwidth / 1e9:.0f} GB/s a device between"
+    value = f"{1e3 * step.communication:,.1f} ms of a step are not hidden, {step.communication / step.total:.1%}"
+    return [Row("communication", f"{value}; links ASSUMED", f"not in the other figures; {links} (train/scaling.py)")]
 
 
 def _checkpoint(job: Workload, keep: int) -> Section:

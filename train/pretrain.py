@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import cache_folder, new_folder
 from common.run_folder import RunFolder
 from data.loader import Loader, Order, merge_states
-from data.packing import Batch, make_batch
+from data.packing import Batch, Layout, make_batch
 from data.prepared import PreparedSource
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, bytes_per_token, find_tokenizer, sample_texts, train_tokenizer
@@ -23,14 +23,13 @@ from models.foreign import Architecture
 from models.hf_config import to_config, with_rope_at_top
 from models.sizes import ModelConfig
 from models.transformer import initial_weight
-from train import checkpoint
 from train.device import choose_precision
 from train.engine import Values
 from train.evaluate import Evaluator
 from train.launch import Place, cores_here
 from train.loop import Objective
-from train.model_folder import generation_config, own_data, seen_before, stored_generation
 from train.optimizer import make_optimizers
+from train.records import generation_config, own_data, read_state, seen_before, stored_generation
 from train.resume import Origin, adopt_stored, stored_model
 from train.scores import LoopScores
 from train.settings import TrainSettings, model_config, resolve, run_name, run_path
@@ -48,10 +47,11 @@ class PackedRows:
 
     loader: Loader
     end: int
+    layout: Layout = "packed"
 
     def take(self, rows: int) -> Batch:
         """This rank's share of the next rows."""
-        return make_batch(self.loader.take(rows), self.end)
+        return make_batch(self.loader.take(rows), self.end, self.layout)
 
     def state(self) -> dict[str, Any]:
         """The loader's state."""
@@ -127,14 +127,15 @@ def _pretrain(stage: Stage, student: Student, teacher: Teacher | None) -> signal
 
     # What the loop calls
     workers = _workers(settings, corpus, stage.device, job.world_size)
-    order = Order(corpus, tokenizer.folder, seq_len, settings.loader.streams, settings.seed, settings.skip_bad_shards)
+    streams, layout = settings.loader.streams, settings.loader.layout
+    order = Order(corpus, tokenizer.folder, seq_len, streams, settings.seed, settings.skip_bad_shards, layout)
     evaluate = Evaluator(stage, settings, corpus, tokenizer, engine.model, *_scores(stage, tokenizer, engine.raw))
     state = stage.state.get("loader")
     loader = Loader(order, workers=workers, rank=job.rank, world_size=job.world_size, state=state)
     shares = zip(corpus.sources, corpus.weights, strict=True)
     return stage.train(
         engine,
-        PackedRows(loader, tokenizer.end),
+        PackedRows(loader, tokenizer.end, layout),
         objective,
         evaluate,
         evaluate_every=settings.eval.every,
@@ -183,7 +184,7 @@ def _architecture(settings: TrainSettings, stored: Path | None) -> Architecture:
     if (init / "state.json").exists():
         if settings.lora.rank is not None:
             raise UserError(f"adapters need a model folder; make one: python train.py consolidate {init}")
-        if checkpoint.read_state(init).get("lora") is not None:
+        if read_state(init).get("lora") is not None:
             raise UserError(f"{init} holds adapters alone; make a model folder: python train.py consolidate {init}")
     found = Architecture.of(init)
     return found if found.own is None else replace(found, own=config)

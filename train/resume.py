@@ -12,6 +12,7 @@ from common.run_folder import RunFolder
 from common.settings import differences, read_yaml
 from data.tokenizer import Tokenizer
 from train import checkpoint
+from train.records import read_state
 from train.settings import Run, RunSettings
 
 Settings = TypeVar("Settings")
@@ -104,7 +105,7 @@ def _asked_for(settings: RunSettings, run: RunFolder) -> Path | None:
         return None
     if run.config.exists() and read_yaml(run.config).get("resume") == settings.resume:
         steps = checkpoint.steps_in(run.checkpoints)
-        if steps and steps[-1] > checkpoint.read_state(Path(settings.resume))["step"]:
+        if steps and steps[-1] > read_state(Path(settings.resume))["step"]:
             return None
     return Path(settings.resume)
 
@@ -116,7 +117,7 @@ def _stored_settings(settings: RunSettings, run: RunFolder) -> dict[str, Any] | 
     """
     asked = _asked_for(settings, run)
     if asked is not None:
-        return dict(checkpoint.read_state(asked)["settings"])
+        return dict(read_state(asked)["settings"])
     if not run.config.exists():
         return None
     stored = read_yaml(run.config)

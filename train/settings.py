@@ -303,6 +303,8 @@ class TrainSettings(RunSettings, PretrainSettings):  # fields of the last base c
 class TrainCommand(TrainSettings):
     """What ``python train.py`` takes: a run's settings, and what to do with them instead of training here."""
 
+    recipe: str | None = field(default=None, metadata={"recipes": "train"})
+    """Settings of recipes/train, galore-60m … galore-1b, or any YAML file of settings; flags win over it."""
     plan: bool = False
     """Print what the run would cost and whether it fits, and stop."""
     explain: bool = False

@@ -33,7 +33,7 @@ def take_snapshot(run: Path) -> Path:
         for path in CHECKOUT.iterdir():
             if path.suffix == ".py" or path.name in ("pyproject.toml", "LICENSE"):
                 shutil.copy2(path, folder / path.name)
-            elif path.name == "slurm" or ((path / "__init__.py").exists() and path.name not in NOT_COPIED):
+            elif path.name in ("recipes", "slurm") or ((path / "__init__.py").exists() and path.name not in NOT_COPIED):
                 shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / COMMIT_FILE).write_text((git_commit() or "") + "\n", encoding="utf-8")
     return code

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from common.console import Console
@@ -29,10 +28,12 @@ from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.device import choose_device, choose_fit, device_name, make_fabric
 from train.engine import Engine, MakeOptimizers, Values, engine_for
+from train.fabric import Fabric
 from train.launch import Place
 from train.loop import Batches, Evaluate, Objective, Progress, Training, fit
 from train.model_folder import write_model_folder
 from train.plan import Fit, warn_if_too_big
+from train.records import read_state
 from train.resume import Origin, find_origin
 from train.schedule import Schedule
 from train.settings import RunSettings
@@ -293,7 +294,7 @@ def open_stage(
         new = run.writes and {path.name for path in run.path.iterdir()} == {".lock"}  # nothing of anybody's is in it
         try:
             origin = job.broadcast(find_origin(settings, run, console.warn, init) if job.rank == 0 else Origin())
-            state = {} if origin.checkpoint is None else checkpoint.read_state(origin.checkpoint)
+            state = {} if origin.checkpoint is None else read_state(origin.checkpoint)
             progress = Progress(state.get("step", 0), state.get("tokens", 0))
             console.settings(f"run {run.path}", to_dict(settings))
             too_big = warn_if_too_big(plan)

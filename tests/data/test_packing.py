@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import IGNORE, make_batch, pack
+from data.packing import IGNORE, make_batch, one_a_row, pack
 from models import transformer
 
 END = 2
@@ -45,3 +45,21 @@ def test_a_packed_row_by_hand() -> None:
 
 def test_the_model_and_the_data_agree_on_what_is_ignored() -> None:
     assert IGNORE == transformer.IGNORE == torch.nn.CrossEntropyLoss().ignore_index
+
+
+@given(documents, st.integers(1, 16))
+def test_a_padded_row_is_the_beginning_of_a_document_and_its_filling_predicts_nothing(texts, seq_len) -> None:
+    docs = as_arrays(texts)
+    batch = make_batch(one_a_row(docs, seq_len, END), END, "padded")
+    for document, inputs, targets, positions in zip(docs, batch.inputs, batch.targets, batch.positions, strict=True):
+        kept = document[:seq_len].tolist()
+        assert inputs.tolist() == kept + [END] * (seq_len - len(kept))
+        assert targets.tolist() == kept[1:] + [IGNORE] * (seq_len - len(kept) + 1)
+        assert positions.tolist() == list(range(seq_len))
+
+
+def test_padded_rows_by_hand() -> None:
+    whole, cut = np.array([1, 7, END], dtype=np.uint16), np.array([1, 7, 8, 9, 10, END], dtype=np.uint16)
+    batch = make_batch(one_a_row([whole, cut], 4, END), END, "padded")
+    assert batch.inputs.tolist() == [[1, 7, END, END], [1, 7, 8, 9]]
+    assert batch.targets.tolist() == [[7, END, IGNORE, IGNORE], [7, 8, 9, IGNORE]]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data.loader import Loader, Order
+from data.packing import Layout, one_a_row
 from data.prepare import prepare
 from data.settings import Mix
 from data.sources import Corpus, held_out, open_source
@@ -31,8 +32,10 @@ def write_both(folder: Path, shards: list[list[str]], tokenizer: Tokenizer) -> t
     return Corpus.open(Mix.parse(str(folder / "text"))), Corpus.open(Mix.parse(str(folder / "prepared")))
 
 
-def order(corpus: Corpus, tokenizer: Tokenizer, streams: int, seq_len: int = 8, seed: int = 0) -> Order:
-    return Order(corpus, tokenizer.folder, seq_len, streams, seed)
+def order(
+    corpus: Corpus, tokenizer: Tokenizer, streams: int, seq_len: int = 8, seed: int = 0, layout: Layout = "packed"
+) -> Order:
+    return Order(corpus, tokenizer.folder, seq_len, streams, seed, layout=layout)
 
 
 def take(loader: Loader, rows: int, times: int = 1) -> list[list[int]]:
@@ -69,28 +72,55 @@ def test_every_document_is_seen_once_an_epoch_streamed_and_prepared(tokenizer, s
             assert [row[-1] for row in own] == [repeated[(i + 1) * seq_len] for i in range(len(own))]
 
 
+@settings(deadline=None, max_examples=12)
+@given(corpora, st.integers(1, 7), st.integers(1, 12), st.integers(0, 3))
+def test_a_padded_row_is_a_document_streamed_and_prepared(tokenizer, shards, streams, seq_len, seed) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        text, prepared = write_both(Path(name), shards, tokenizer)
+        encoded = [tokenizer.encode_documents(shard) for shard in shards]
+        expected = []
+        for plan in make_plans(text, streams, seed):
+            own = [doc for part in plan.parts for doc in encoded[part.shard][part.phase :: part.stride] if len(doc)]
+            expected.append(one_a_row(own, seq_len, tokenizer.end).tolist() if own else [])
+        for corpus in (text, prepared):
+            loader = Loader(order(corpus, tokenizer, streams, seq_len, seed, "padded"))
+            if not all(expected):
+                with pytest.raises(UserError, match="too few for so many streams"):
+                    take(loader, streams, 1)
+                continue
+            rows = take(loader, streams, 2 + max(map(len, expected)))
+            for stream, own in enumerate(expected):
+                found = rows[stream::streams]
+                assert found == (own * len(found))[: len(found)]  # and then the next epoch
+
+
 @settings(deadline=None, max_examples=25)
-@given(corpora, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 5), st.integers(1, 6))
+@given(
+    corpora,
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 5),
+    st.integers(1, 6),
+    st.sampled_from(["packed", "padded"]),
+)
 def test_a_run_goes_on_exactly_in_either_form_and_on_any_number_of_ranks(
-    tokenizer, shards, before, after, steps, more
+    tokenizer, shards, before, after, steps, more, layout
 ) -> None:
     streams, rows = 4, 8
     with tempfile.TemporaryDirectory() as name:
         text, prepared = write_both(Path(name), shards, tokenizer)
         try:
-            whole = take(Loader(order(text, tokenizer, streams)), rows, steps + more)
+            whole = take(Loader(order(text, tokenizer, streams, layout=layout)), rows, steps + more)
         except UserError:
             return  # a stream without documents, which another test is about
-        ranks = [Loader(order(text, tokenizer, streams), rank=rank, world_size=before) for rank in range(before)]
+        text, prepared = (order(corpus, tokenizer, streams, layout=layout) for corpus in (text, prepared))
+        ranks = [Loader(text, rank=rank, world_size=before) for rank in range(before)]
         first = [[take(loader, rows) for loader in ranks] for _ in range(steps)]
         state = {"rows": ranks[0].rows, "positions": {}}
         for loader in ranks:
             state["positions"] |= loader.state()["positions"]
         state = json.loads(json.dumps(state))
-        ranks = [
-            Loader(order(prepared, tokenizer, streams), rank=rank, world_size=after, state=state)
-            for rank in range(after)
-        ]
+        ranks = [Loader(prepared, rank=rank, world_size=after, state=state) for rank in range(after)]
         second = [[take(loader, rows) for loader in ranks] for _ in range(more)]
         got = [row for parts in first + second for together in zip(*parts, strict=True) for row in together]
         assert got == whole

@@ -16,11 +16,11 @@ from data.settings import Mix
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, sample_texts
 from pruning.byte_level import ByteLevelBpe, text_of_token
+from pruning.cut import cut_rows
 from pruning.vocabulary import (
     KEPT_FILE,
     choose_tokens,
     count_tokens,
-    cut_rows,
     cut_vocabulary,
     renumbered,
     smallest_vocabulary,

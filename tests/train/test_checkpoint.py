@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from common.distributed import Job
@@ -19,6 +18,7 @@ from common.files import sweep
 from train import checkpoint
 from train.checkpoint import Checkpoints, damaged, load, newest_good, steps_in
 from train.engine import Engine
+from train.fabric import Fabric
 
 
 def make(seed: int) -> Engine:

@@ -15,7 +15,6 @@ from train.__main__ import main
 
 MICRO = "--batch-tokens 256 --seq-len 32 --tokens 512 --device cpu --log.tensorboard false --loader.streams 2".split()
 COMMANDS = ("train.py", "-m train", "-m data", "-m data prepare", "-m data tokenizer", "-m sft", "-m sft formats")
-HEAVY = ("torch", "lightning", "datasets", "transformers")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -27,15 +26,6 @@ def test_help_is_quick_and_has_an_example(command: str) -> None:
     assert done.returncode == 0
     assert "example" in done.stdout
     assert "  python " in done.stdout
-
-
-@pytest.mark.parametrize(
-    "command", ["train.__main__ train.settings", "data.__main__ data.settings", "sft.__main__ sft.settings"]
-)
-def test_help_imports_nothing_heavy(command: str) -> None:
-    module, settings = command.split()
-    code = f"import {module}, {settings}, sys; print([name for name in {HEAVY} if name in sys.modules])"
-    assert run_command("-c", code).stdout.strip() == "[]"
 
 
 def test_every_flag_that_is_promised_is_there() -> None:
