@@ -19,8 +19,6 @@ the plan's (train/plan.py), halved for a variant that runs out of memory with th
 
 import argparse
 import gc
-import importlib
-import importlib.metadata
 import json
 import os
 import random
@@ -38,13 +36,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from bench.train_step import Batch, machine, matmul_rate
+from bench import peers
+from bench.peers import Batch
+from bench.train_step import machine, matmul_rate
 from models import budget, gpus, hf, sizes
-from models.hf_config import to_config
 from models.sizes import ModelConfig, adapt
 from models.transformer import Transformer
 from train.muon import Muon
@@ -58,14 +56,6 @@ WARM_UP = 3
 """Steps of a turn that do not count; in the first turn the first of them compiles."""
 
 OUT_OF_MEMORY = "out of memory"
-LITGPT_BLOCK = {
-    "norm_1": "attention_norm",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.out",
-    "norm_2": "ffn_norm",
-    "mlp.proj": "ffn.down",
-}
-"""Modules of a block of litgpt's, and ours with the same weight."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +117,28 @@ class Trainee:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def step(self, batch: Batch, autocast: bool) -> Tensor:
-        """One step; waits for nothing. The loss is still on the device."""
+    def loss(self, batch: Batch, autocast: bool) -> Tensor:
+        """Mean loss of a batch, gradients of the step before thrown away."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.tokens.device.type, torch.bfloat16) if autocast else nullcontext():
-            loss = self._loss(batch)
-        loss.backward()
+            return self._loss(batch)
+
+    def clip(self) -> None:
+        """Scale the gradients down to a norm of 1."""
         nn.utils.clip_grad_norm_(self.named.values(), CLIP)
+
+    def move(self) -> None:
+        """Let the optimisers move the weights."""
         for optimizer in self._optimizers:
             optimizer.step()
+
+    def step(self, batch: Batch, autocast: bool) -> Tensor:
+        """One step; waits for nothing. The loss is still on the device."""
+        loss = self.loss(batch, autocast)
+        loss.backward()
+        self.clip()
+        self.move()
         return loss.detach()
 
 
@@ -208,86 +210,25 @@ def make_ours(setting: Setting, state: dict[str, Tensor]) -> Trainee:
 
 
 def make_llama(setting: Setting, state: dict[str, Tensor], *, compiled: bool, causal: bool) -> Trainee:
-    """transformers' Llama.
-
-    Compiled it cannot see that a row is one document, and gives SDPA a mask, which flash attention does not take.
-    ``causal`` leaves its mask out, so that SDPA is told "causal" and nothing else: its best, not its default.
-    """
+    """transformers' Llama; ``causal``: see :func:`bench.peers.llama`."""
     plain = replace(setting.config, qk_norm=False)
-    transformers.AttentionInterface.register("causal_sdpa", sdpa_attention_forward)  # no mask belongs to this name
-    values = to_config(plain, bos=None, eos=0, pad=None) | {"attn_implementation": "causal_sdpa" if causal else "sdpa"}
     with setting.device:
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).train()
+        model: Any = peers.llama(plain, causal=causal)
     if compiled:
         model.compile(dynamic=False)
-
-    def loss(batch: Batch) -> Tensor:
-        # labels only make it compute a loss; the targets are already shifted
-        return model(input_ids=batch.tokens, labels=batch.targets, shift_labels=batch.targets, use_cache=False).loss
-
+    loss = partial(peers.llama_loss, model)
     return Trainee(model, loss, hf.to_hugging_face(state, plain), lambda: [adamw(list(model.parameters()))])
 
 
 def make_litgpt(setting: Setting, state: dict[str, Tensor]) -> Trainee:
     """litgpt's GPT and the loss of its pre-training."""
-    model_module, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
-    config = setting.config
-    shape = model_module.Config(
-        name="llama",
-        block_size=config.context,
-        n_layer=config.layers,
-        n_embd=config.width,
-        n_head=config.heads,
-        n_query_groups=config.kv_heads,
-        head_size=config.head_width,
-        intermediate_size=config.ffn,
-        vocab_size=config.vocab,
-        padded_vocab_size=config.vocab,
-        rotary_percentage=1.0,
-        rope_base=int(config.rope_theta),
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        norm_eps=config.norm_eps,
-        mlp_class_name="LLaMAMLP",
-    )
     with setting.device:
-        model = model_module.GPT(shape)
-    if config.tied:
-        model.transformer.wte.weight = model.lm_head.weight
+        model = peers.litgpt(setting.config)
     if setting.compiled:
         model.compile(dynamic=False)
-
-    def loss(batch: Batch) -> Tensor:
-        return utils.chunked_cross_entropy(model(batch.tokens), batch.targets)
-
-    return Trainee(model, loss, to_litgpt(state, config), lambda: [adamw(list(model.parameters()))])
-
-
-def to_litgpt(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under litgpt's names."""
-    out = {
-        "lm_head.weight": state["head.weight"],
-        "transformer.wte.weight": state["embedding.weight"],
-        "transformer.ln_f.weight": state["norm.weight"],
-    }
-    for layer in range(config.layers):
-        ours, theirs = f"blocks.{layer}.", f"transformer.h.{layer}."
-        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
-        out[theirs + "mlp.fc_1.weight"], out[theirs + "mlp.fc_2.weight"] = gate, up
-        out |= {f"{theirs}{name}.weight": state[f"{ours}{other}.weight"] for name, other in LITGPT_BLOCK.items()}
-    return out
-
-
-def why_no_litgpt() -> str | None:
-    """Why litgpt takes no part; None when it does."""
-    try:
-        importlib.import_module("litgpt.model")
-    except ModuleNotFoundError as error:
-        return "not installed" if (error.name or "").startswith("litgpt") else f"cannot be imported: {error}"
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return None
+    loss = partial(peers.litgpt_loss, model)
+    weights = peers.to_litgpt(state, setting.config)
+    return Trainee(model, loss, weights, lambda: [adamw(list(model.parameters()))])
 
 
 def all_variants(compiled: bool, litgpt: bool) -> list[Variant]:
@@ -543,7 +484,7 @@ def print_heading(args: argparse.Namespace, gpu: gpus.Gpu | None) -> None:
     print(f"{args.rounds} rounds of {args.steps} steps")
     print("FLOPs a token = 6·(parameters without the input embedding, a tied head counted) + 12·L·H·N·T")
     print("documents: four to eight a row, attention counted over the full row; all others one document a row")
-    print("transformers, litgpt: the same shape without QK-norm; causal: its mask left out, see make_llama")
+    print("transformers, litgpt: the same shape without QK-norm; causal: its mask left out, see bench/peers.py")
     print("ratio: tokens/s over those of transformers' fastest variant")
 
 
@@ -581,8 +522,8 @@ def main() -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     gpu = gpus.named_by(name)
     print_heading(args, gpu)
-    no_litgpt = why_no_litgpt()
-    print(f"litgpt: {no_litgpt or importlib.metadata.version('litgpt')}")
+    no_litgpt = peers.why_no_litgpt()
+    print(f"litgpt: {no_litgpt or peers.litgpt_version()}")
     variants = all_variants(args.compile, litgpt=no_litgpt is None)
     variants = [variant for variant in variants if any(words in variant.name for words in args.variants)]
     versions = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import train_gpu
+from bench.peers import Batch
 from bench.train_gpu import (
     OUT_OF_MEMORY,
     Line,
@@ -23,7 +24,6 @@ from bench.train_gpu import (
     make_lines,
     measure,
 )
-from bench.train_step import Batch
 from models import budget, gpus, sizes
 from models.sizes import ModelConfig
 from tests.conftest import ROOT, run_command
