@@ -167,7 +167,7 @@ Found = tuple[dict[str, float], dict[str, float], float]
 """Seconds a step by kind, by name, and in which the device had something to do."""
 
 
-def by_operator(profiler: profile, steps: int) -> Found:
+def by_operator(profiler: Any, steps: int) -> Found:
     """The time inside operators of a CPU."""
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, float] = defaultdict(float)
@@ -178,7 +178,7 @@ def by_operator(profiler: profile, steps: int) -> Found:
     return kinds, names, sum(kinds.values())
 
 
-def by_kernel(profiler: profile, steps: int) -> Found:
+def by_kernel(profiler: Any, steps: int) -> Found:
     """The kernels on CUDA."""
     spans = [
         Span(event.name(), event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9)
