@@ -233,7 +233,7 @@ class RunSettings:
     """JSON of DeepSpeed's own settings, laid over ours."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """bf16 computes in bfloat16 over fp32 weights. Default: bf16 where the device multiplies it natively."""
-    fp8: bool = False
+    fp8: bool = field(default=False, metadata=MAY_CHANGE)
     """Beside bf16, multiply within the blocks in float8: faster from about 1b up, on GPUs from L4 and H100 on. It needs
     the extra fp8 (torchao)."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=MAY_CHANGE)
