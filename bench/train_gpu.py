@@ -1,7 +1,8 @@
 """Tokens/s and MFU of training on one GPU, beside transformers and litgpt in one run.
 
-    python bench/train_gpu.py                                   # 125m 1b c4-130m c4-1b, bf16, rows of 2048 tokens
-    python bench/train_gpu.py --sizes c4-130m --rounds 9 --json figures.jsonl
+    python bench/train_gpu.py                                   # all sizes of README's table, bf16, rows of 2048 tokens
+    python bench/train_gpu.py --json figures.jsonl --minutes 5 --variants ours
+    python bench/train_gpu.py --json figures.jsonl --minutes 9  # goes on with what is not in the file yet
     python bench/train_gpu.py --sizes tiny --seq-len 64 --micro-rows 2 --rounds 1 --steps 1 --device cpu --no-compile
 
 FLOPs a token = 6·(parameters without the input embedding, a tied head counted) + 12·L·H·N·T: L layers, H query
@@ -15,13 +16,15 @@ their attention is counted over the full row all the same, which is more than is
 Each variant has the GPU to itself for its turn: weights come from the host and leave again. The turns alternate
 over the rounds, and medians count, so that clocks and temperature bear on all alike. Rows in a forward pass are
 the plan's (train/plan.py), halved for a variant that runs out of memory with them.
+
+The file of ``--json`` is written after every turn, so that a run that is cut off loses at most one. A line that is in
+it is not measured again, unless ours, beside another side: the ratio in a line is of one call.
 """
 
 import argparse
 import gc
-import importlib
-import importlib.metadata
 import json
+import math
 import os
 import random
 import statistics
@@ -30,7 +33,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +41,23 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from bench.train_step import Batch, machine, matmul_rate
+from bench import peers
+from bench.peers import Batch
+from bench.train_step import machine, matmul_rate
+from common.errors import UserError
+from common.files import write_text
 from models import budget, gpus, hf, sizes
-from models.hf_config import to_config
 from models.sizes import ModelConfig, adapt
 from models.transformer import Transformer
+from train import float8
 from train.muon import Muon
 from train.plan import ENOUGH_TOKENS, Fit, Machine, Workload, best
+
+TABLE = "60m 125m 350m 1b 3b c4-130m c4-1b".split()
+"""The sizes of README's table."""
 
 BARS = {"c4-130m": 0.45, "c4-1b": 0.50}
 """MFU that is aimed at on one H100 or H200, in bf16, compiled, in rows of 2048 tokens; the other sizes have no bar."""
@@ -58,14 +67,6 @@ WARM_UP = 3
 """Steps of a turn that do not count; in the first turn the first of them compiles."""
 
 OUT_OF_MEMORY = "out of memory"
-LITGPT_BLOCK = {
-    "norm_1": "attention_norm",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.out",
-    "norm_2": "ffn_norm",
-    "mlp.proj": "ffn.down",
-}
-"""Modules of a block of litgpt's, and ours with the same weight."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,28 @@ class Trainee:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def step(self, batch: Batch, autocast: bool) -> Tensor:
-        """One step; waits for nothing. The loss is still on the device."""
+    def loss(self, batch: Batch, autocast: bool) -> Tensor:
+        """Mean loss of a batch, gradients of the step before thrown away."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.tokens.device.type, torch.bfloat16) if autocast else nullcontext():
-            loss = self._loss(batch)
-        loss.backward()
+            return self._loss(batch)
+
+    def clip(self) -> None:
+        """Scale the gradients down to a norm of 1."""
         nn.utils.clip_grad_norm_(self.named.values(), CLIP)
+
+    def move(self) -> None:
+        """Let the optimisers move the weights."""
         for optimizer in self._optimizers:
             optimizer.step()
+
+    def step(self, batch: Batch, autocast: bool) -> Tensor:
+        """One step; waits for nothing. The loss is still on the device."""
+        loss = self.loss(batch, autocast)
+        loss.backward()
+        self.clip()
+        self.move()
         return loss.detach()
 
 
@@ -152,6 +165,16 @@ class Variant:
     make: Maker
     packed: bool = False
     """Rows of several documents."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is what the others are compared with: ours, whole rows, in the precision asked for."""
+        return self.make is make_ours and not self.packed
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a form of ours."""
+        return self.name.startswith("ours")
 
 
 @dataclass
@@ -192,10 +215,12 @@ def our_optimizers(model: Transformer, setting: Setting) -> list[torch.optim.Opt
     return [muon, adamw([value for name, value in named.items() if name not in hidden])]
 
 
-def make_ours(setting: Setting, state: dict[str, Tensor]) -> Trainee:
+def make_ours(setting: Setting, state: dict[str, Tensor], *, fp8: bool = False) -> Trainee:
     """Our transformer, as training has it."""
     with setting.device:
         model = Transformer(setting.config, seed=None)
+    if fp8:
+        float8.convert(model)
     model.checkpointing = setting.fit.checkpointing
     if setting.compiled:
         model.compile_parts()
@@ -208,92 +233,33 @@ def make_ours(setting: Setting, state: dict[str, Tensor]) -> Trainee:
 
 
 def make_llama(setting: Setting, state: dict[str, Tensor], *, compiled: bool, causal: bool) -> Trainee:
-    """transformers' Llama.
-
-    Compiled it cannot see that a row is one document, and gives SDPA a mask, which flash attention does not take.
-    ``causal`` leaves its mask out, so that SDPA is told "causal" and nothing else: its best, not its default.
-    """
+    """transformers' Llama; ``causal``: see :func:`bench.peers.llama`."""
     plain = replace(setting.config, qk_norm=False)
-    transformers.AttentionInterface.register("causal_sdpa", sdpa_attention_forward)  # no mask belongs to this name
-    values = to_config(plain, bos=None, eos=0, pad=None) | {"attn_implementation": "causal_sdpa" if causal else "sdpa"}
     with setting.device:
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).train()
+        model: Any = peers.llama(plain, causal=causal)
     if compiled:
         model.compile(dynamic=False)
-
-    def loss(batch: Batch) -> Tensor:
-        # labels only make it compute a loss; the targets are already shifted
-        return model(input_ids=batch.tokens, labels=batch.targets, shift_labels=batch.targets, use_cache=False).loss
-
+    loss = partial(peers.llama_loss, model)
     return Trainee(model, loss, hf.to_hugging_face(state, plain), lambda: [adamw(list(model.parameters()))])
 
 
 def make_litgpt(setting: Setting, state: dict[str, Tensor]) -> Trainee:
     """litgpt's GPT and the loss of its pre-training."""
-    model_module, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
-    config = setting.config
-    shape = model_module.Config(
-        name="llama",
-        block_size=config.context,
-        n_layer=config.layers,
-        n_embd=config.width,
-        n_head=config.heads,
-        n_query_groups=config.kv_heads,
-        head_size=config.head_width,
-        intermediate_size=config.ffn,
-        vocab_size=config.vocab,
-        padded_vocab_size=config.vocab,
-        rotary_percentage=1.0,
-        rope_base=int(config.rope_theta),
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        norm_eps=config.norm_eps,
-        mlp_class_name="LLaMAMLP",
-    )
     with setting.device:
-        model = model_module.GPT(shape)
-    if config.tied:
-        model.transformer.wte.weight = model.lm_head.weight
+        model = peers.litgpt(setting.config)
     if setting.compiled:
         model.compile(dynamic=False)
-
-    def loss(batch: Batch) -> Tensor:
-        return utils.chunked_cross_entropy(model(batch.tokens), batch.targets)
-
-    return Trainee(model, loss, to_litgpt(state, config), lambda: [adamw(list(model.parameters()))])
+    loss = partial(peers.litgpt_loss, model)
+    weights = peers.to_litgpt(state, setting.config)
+    return Trainee(model, loss, weights, lambda: [adamw(list(model.parameters()))])
 
 
-def to_litgpt(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under litgpt's names."""
-    out = {
-        "lm_head.weight": state["head.weight"],
-        "transformer.wte.weight": state["embedding.weight"],
-        "transformer.ln_f.weight": state["norm.weight"],
-    }
-    for layer in range(config.layers):
-        ours, theirs = f"blocks.{layer}.", f"transformer.h.{layer}."
-        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
-        out[theirs + "mlp.fc_1.weight"], out[theirs + "mlp.fc_2.weight"] = gate, up
-        out |= {f"{theirs}{name}.weight": state[f"{ours}{other}.weight"] for name, other in LITGPT_BLOCK.items()}
-    return out
-
-
-def why_no_litgpt() -> str | None:
-    """Why litgpt takes no part; None when it does."""
-    try:
-        importlib.import_module("litgpt.model")
-    except ModuleNotFoundError as error:
-        return "not installed" if (error.name or "").startswith("litgpt") else f"cannot be imported: {error}"
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return None
-
-
-def all_variants(compiled: bool, litgpt: bool) -> list[Variant]:
-    """The lines of the table."""
+def all_variants(compiled: bool, litgpt: bool, fp8: bool = False) -> list[Variant]:
+    """The lines of the table; litgpt and float8 where they are there."""
     mode = "compiled" if compiled else "eager"
     found = [Variant(f"ours {mode}", make_ours), Variant(f"ours {mode}, documents", make_ours, packed=True)]
+    if fp8:
+        found.append(Variant(f"ours {mode}, fp8", partial(make_ours, fp8=True)))
     if compiled:
         found += [
             Variant("transformers compiled", partial(make_llama, compiled=True, causal=False)),
@@ -379,24 +345,59 @@ def fitting_turn(trainee: Trainee, setting: Setting, found: Measurement, steps: 
         found.rows //= 2
 
 
-def measure(setting: Setting, variants: list[Variant], rounds: int, steps: int) -> list[Measurement]:
-    """Let the variants take turns."""
+def first_weights(setting: Setting) -> dict[str, Tensor]:
+    """Our state dict that all begin with, on the host.
+
+    Drawn on the device: on the host, and as training does it, that takes a minute at 3b.
+    """
+    with torch.device("meta"):
+        model = Transformer(setting.config, seed=None)
+    chance = torch.Generator(setting.device).manual_seed(0)
+    drawn: dict[nn.Parameter, Tensor] = {}
+    for parameter in model.parameters():
+        value = torch.ones(parameter.shape, device=setting.device)
+        drawn[parameter] = (value if parameter.ndim == 1 else value.normal_(0, 0.02, generator=chance)).cpu()
+    return {name: drawn[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def measure(
+    setting: Setting,
+    variants: list[Variant],
+    rounds: int,
+    steps: int,
+    deadline: float = math.inf,
+    keep: Callable[[list[Measurement]], None] = lambda found: None,
+) -> list[Measurement]:
+    """Let the variants take turns.
+
+    Args:
+        setting: of a size.
+        variants: that take part.
+        rounds: turns of each.
+        steps: of a turn that count.
+        deadline: of time.monotonic(), after which no turn begins.
+        keep: called after every turn with all that was found so far.
+    """
     torch.compiler.reset()  # else the sizes before count towards the limit on recompilations
-    state = Transformer(setting.config).state_dict()
+    state = first_weights(setting)
     found = [Measurement(variant, setting.fit.micro_rows) for variant in variants]
     trainees: dict[str, Trainee] = {}
     for number in range(rounds):
         for one in found:
             if one.trouble:
                 continue
+            if time.monotonic() > deadline:
+                return found
             try:
                 trainee = trainees.get(one.variant.name) or one.variant.make(setting, state)
             except Exception as error:  # as in turn_or_trouble
                 traceback.print_exc()
                 one.trouble = failure(error)
+                keep(found)
                 continue
             trainees[one.variant.name] = trainee
             fitting_turn(trainee, setting, one, steps)
+            keep(found)
             if number == 0 and not one.trouble:
                 print(f"{one.variant.name:<30} first step {one.first_step:6.1f} s, loss {one.loss:.4f}", flush=True)
     return found
@@ -414,8 +415,10 @@ class Line:
     mfu: float | None
     step_ms: float | None
     peak_gb: float | None
-    to_transformers: float | None
-    """Tokens/s over those of transformers' fastest variant."""
+    turns: int
+    """That it had; fewer than asked for where the run was cut off."""
+    ours_over_it: float | None
+    """Tokens/s of ours, whole rows, in the same call, over those of this line."""
     bar: float | None
     met: bool | None
     first_step_s: float | None
@@ -425,27 +428,29 @@ class Line:
 
 
 def make_lines(size: str, setting: Setting, found: list[Measurement], gpu: gpus.Gpu | None) -> list[Line]:
-    """The lines of a size."""
+    """The lines of a size; none of what has had no turn."""
+    found = [one for one in found if one.seconds or one.trouble]
     speeds = {one.variant.name: one.tokens_per_second(setting.seq_len) for one in found}
-    theirs = max((speed for name, speed in speeds.items() if speed and name.startswith("transformers")), default=None)
+    ours = next((speeds[one.variant.name] for one in found if one.variant.is_ours), None)
     flops = budget.flops_per_token(setting.config, setting.seq_len)
     peak = gpu.peak if gpu and setting.precision == "bf16" else None
     judged = gpu is not None and gpu.name.startswith(("h100", "h200")) and setting.compiled and setting.seq_len == 2048
     lines = []
     for one in found:
-        speed, own = speeds[one.variant.name], one.variant.make is make_ours
+        speed, own = speeds[one.variant.name], one.variant.own
         mfu = speed * flops / peak if speed and peak else None
-        bar = BARS.get(size) if own and not one.variant.packed else None
+        bar = BARS.get(size) if one.variant.is_ours else None
         line = Line(
             size=size,
             variant=one.variant.name,
             micro_rows=one.rows,
+            turns=len(one.seconds),
             checkpointing=setting.fit.checkpointing if own else "none",
             tokens_per_second=speed,
             mfu=mfu,
             step_ms=1e3 * statistics.median(one.seconds) if one.seconds else None,
             peak_gb=one.peak / 1e9 if one.peak else None,
-            to_transformers=speed / theirs if speed and theirs else None,
+            ours_over_it=ours / speed if speed and ours and not own else None,
             bar=bar,
             met=mfu >= bar if judged and mfu is not None and bar is not None else None,
             first_step_s=one.first_step,
@@ -464,7 +469,7 @@ def shown(value: float | None, form: str) -> str:
 
 def print_table(lines: list[Line]) -> None:
     """Print a size's lines."""
-    heads = f"{'rows':>5} {'tokens/s':>10} {'MFU':>6} {'ms/step':>9} {'GB':>6} {'ratio':>6}  bar"
+    heads = f"{'rows':>5} {'tokens/s':>10} {'MFU':>6} {'ms/step':>9} {'GB':>6} {'ours/it':>7}  bar"
     print(f"\n{'size':<8} {'variant':<30} {heads}")
     for line in lines:
         start = f"{line.size:<8} {line.variant:<30} {line.micro_rows:>5} "
@@ -478,7 +483,7 @@ def print_table(lines: list[Line]) -> None:
             bar += " on one H100 or H200"
         figures = (
             f"{shown(line.tokens_per_second, ',.0f'):>10} {shown(line.mfu, '.1%'):>6} {shown(line.step_ms, ',.1f'):>9} "
-            f"{shown(line.peak_gb, '.1f'):>6} {shown(line.to_transformers, '.2f'):>6}  {bar}"
+            f"{shown(line.peak_gb, '.1f'):>6} {shown(line.ours_over_it, '.2f'):>7}  {bar}"
         )
         print(start + figures)
     print(flush=True)
@@ -543,15 +548,15 @@ def print_heading(args: argparse.Namespace, gpu: gpus.Gpu | None) -> None:
     print(f"{args.rounds} rounds of {args.steps} steps")
     print("FLOPs a token = 6·(parameters without the input embedding, a tied head counted) + 12·L·H·N·T")
     print("documents: four to eight a row, attention counted over the full row; all others one document a row")
-    print("transformers, litgpt: the same shape without QK-norm; causal: its mask left out, see make_llama")
-    print("ratio: tokens/s over those of transformers' fastest variant")
+    print("transformers, litgpt: the same shape without QK-norm; causal: its mask left out, see bench/peers.py")
+    print("ours/it: tokens/s of ours, one document a row, over those of the line")
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--sizes", nargs="+", default=["125m", "1b", "c4-130m", "c4-1b"], choices=list(sizes.SIZES))
+    parser.add_argument("--sizes", nargs="+", default=TABLE, choices=list(sizes.SIZES))
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--micro-rows", type=int, help="rows in a forward pass; default: the plan's")
     parser.add_argument("--rounds", type=int, default=5)
@@ -561,10 +566,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="of our side")
     parser.add_argument("--variants", nargs="+", default=[""], metavar="WORDS", help="those that contain one of these")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a JSON line for each line of the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="lines of the table, to go on from")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no turn begins")
     args = parser.parse_args()
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     return args
+
+
+def why_no_fp8(args: argparse.Namespace) -> str | None:
+    """Why float8 takes no part; None when it does."""
+    if args.precision != "bf16":
+        return "stands beside bf16"
+    try:
+        float8.require(torch.device(args.device))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def prepare_torch() -> None:
@@ -574,27 +591,94 @@ def prepare_torch() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+class Figures:
+    """The lines of a call, with those that its file already holds of the same machine, versions and settings.
+
+    Args:
+        path: JSON lines; None keeps them in memory alone.
+        asked: what a line must have in common with this call to count, stored with it.
+
+    Raises:
+        UserError: the file is there and is another kind of file.
+    """
+
+    def __init__(self, path: Path | None, asked: dict[str, Any]) -> None:
+        self._path, self._asked, self._others = path, asked, []
+        self._lines: dict[tuple[str, str], Line] = {}
+        for record in _read_records(path) if path is not None and path.exists() else []:
+            if {key: record.get(key) for key in asked} != asked:
+                self._others.append(record)
+            else:
+                line = Line(**{one.name: record[one.name] for one in fields(Line)})
+                self._lines[line.size, line.variant] = line
+
+    def of(self, size: str) -> list[Line]:
+        """The lines of a size."""
+        return [line for line in self._lines.values() if line.size == size]
+
+    def missing(self, size: str, variants: list[Variant]) -> list[Variant]:
+        """What is not measured yet."""
+        return [variant for variant in variants if (size, variant.name) not in self._lines]
+
+    def add(self, lines: list[Line]) -> None:
+        """Take lines in the place of those of the same name, and write the file."""
+        self._lines |= {(line.size, line.variant): line for line in lines}
+        if self._path is not None:
+            records = [*self._others, *(self._asked | asdict(line) for line in self._lines.values())]
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        records = [None]
+    names = {one.name for one in fields(Line)}
+    if not all(isinstance(record, dict) and names <= record.keys() for record in records):
+        raise UserError(f"{path} holds other lines than this program's; name another file for --json")
+    return records
+
+
 def main() -> int:
-    """Measure and print; 1 when a variant of ours did not work."""
+    """Measure and print; 1 when a variant of ours did not work, 2 when something is to be put right first."""
     args = parse()
+    try:
+        return run(args, time.monotonic() + 60 * args.minutes)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, deadline: float) -> int:
+    """The same until a deadline of time.monotonic()."""
     prepare_torch()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    asked = {key: getattr(args, key) for key in ("seq_len", "precision", "optimizer", "rounds", "steps")}
+    versions = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    figures = Figures(args.json, versions | asked | {"asked_rows": args.micro_rows})
     gpu = gpus.named_by(name)
     print_heading(args, gpu)
-    no_litgpt = why_no_litgpt()
-    print(f"litgpt: {no_litgpt or importlib.metadata.version('litgpt')}")
-    variants = all_variants(args.compile, litgpt=no_litgpt is None)
+    no_litgpt = peers.why_no_litgpt()
+    print(f"litgpt: {no_litgpt or peers.litgpt_version()}")
+    no_fp8 = why_no_fp8(args)
+    print(f"fp8: {no_fp8 or 'the blocks of ours, by torchao'}")
+    variants = all_variants(args.compile, litgpt=no_litgpt is None, fp8=no_fp8 is None)
     variants = [variant for variant in variants if any(words in variant.name for words in args.variants)]
-    versions = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-    asked = {key: getattr(args, key) for key in ("seq_len", "precision", "optimizer", "rounds", "steps")}
-    lines: list[Line] = []
     for size in args.sizes:
-        setting = make_setting(size, args)
-        print(f"\n{describe(size, setting)}", flush=True)
-        lines += make_lines(size, setting, measure(setting, variants, args.rounds, args.steps), gpu)
-        print_table([line for line in lines if line.size == size])
-        if args.json:  # after every size, for a run that is cut off
-            args.json.write_text("".join(json.dumps(versions | asked | asdict(line)) + "\n" for line in lines))
+        missing = figures.missing(size, variants)
+        if missing and time.monotonic() < deadline:
+            setting = make_setting(size, args)
+            print(f"\n{describe(size, setting)}", flush=True)
+
+            def keep(found: list[Measurement], size: str = size, setting: Setting = setting) -> None:
+                figures.add(make_lines(size, setting, found, gpu))
+
+            beside = [one for one in variants if one in missing or one.is_ours]
+            measure(setting, beside, args.rounds, args.steps, deadline, keep)
+        print_table(figures.of(size))
+        for variant in figures.missing(size, variants):
+            print(f"{size:<8} {variant.name:<30} not measured: time is up")
+    lines = [line for size in args.sizes for line in figures.of(size)]
     return int(any(line.trouble and line.variant.startswith("ours") for line in lines))
 
 

@@ -1,12 +1,14 @@
-"""Training tokens/s of our transformer against transformers' Llama: same shape, weights, data and optimiser.
+"""Training tokens/s of our transformer against transformers' Llama and litgpt's GPT, alike in all but the code.
 
     python bench/train_step.py                            # 8.5M parameters, 16 rows of 256 tokens
+    python bench/train_step.py --shape 15m --rows 4 --seq-len 512 --variants fp32
     python bench/train_step.py --shape 125m --device cuda --rows 32 --seq-len 2048
 
 A step is zero_grad, forward, backward, gradient clipping and fused AdamW. The variants take turns, one
 step each a round, and medians over the rounds are compared, so that a machine that is busy with other
-things slows all of them alike. ``--packed`` gives both sides rows of several documents that do not see
-each other; without it every row is one document.
+things slows all of them alike; a large matrix product takes its turn, too. ``--packed`` gives ours and
+transformers rows of several documents that do not see each other; without it every row is one document.
+litgpt takes part where it is installed (see bench/peers.py).
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,8 +29,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from bench import peers
+from bench.peers import Batch
 from models import budget, hf, sizes
-from models.hf_config import to_config
 from models.sizes import ModelConfig
 from models.transformer import Transformer
 
@@ -40,57 +44,30 @@ VARIANTS = tuple(
     f"{side} {mode} {precision}"
     for precision in ("fp32", "bf16")
     for mode in ("eager", "compiled")
-    for side in ("transformers", "ours")
+    for side in ("transformers", "litgpt", "ours")
 )
 BASELINE = "transformers eager fp32"
+
+BARS = {"to eager": 4.0, "to transformers": 1.25, "to litgpt": 1.25, "of peak": 0.70}
+"""What ours is meant to reach compiled in bf16, on a processor that has instructions for it."""
 
 Step = Callable[[], float]
 """Does one optimiser step; returns the mean loss a token, and reading that waits until the device is done."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of a step (B, T); every token has a target."""
-
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor | None
-    """Each token's place in its document; None where every row is one document."""
-
-    @classmethod
-    def random(cls, config: ModelConfig, rows: int, seq_len: int, device: str, packed: bool = False) -> "Batch":
-        """Random tokens; packed rows hold four documents of about equal length."""
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randint(config.vocab, (rows, seq_len + 1), generator=generator).to(device)
-        positions = torch.arange(seq_len, device=device).remainder(-(-seq_len // 4)).repeat(rows, 1) if packed else None
-        return cls(text[:, :-1].contiguous(), text[:, 1:].contiguous(), positions)
+Clock = Callable[[], float]
+"""Seconds, from anywhen."""
 
 
 def make_step(config: ModelConfig, batch: Batch, variant: str) -> Step:
     """The training step of a variant (one of :data:`VARIANTS`) on weights drawn from seed 0."""
     side, mode, precision = variant.split()
     device = batch.tokens.device
-    ours = Transformer(config).to(device)
-    model: nn.Module = ours
-    if side == "transformers":
-        model = transformers_model(ours)
+    model, loss = make_side(side, config, batch)
+    model.to(device)
     if mode == "compiled":
-        ours.compile_parts() if model is ours else model.compile(dynamic=False)
+        model.compile_parts() if isinstance(model, Transformer) else model.compile(dynamic=False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=True)
-
-    def loss() -> Tensor:
-        if model is ours:
-            total, _ = ours(batch.tokens, batch.positions, batch.targets)
-            return total / batch.targets.numel()
-        output = model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            labels=batch.targets,  # only makes it compute a loss; the targets are already shifted
-            shift_labels=batch.targets,
-            use_cache=False,
-        )
-        return output.loss
 
     def step() -> float:
         optimizer.zero_grad()
@@ -104,22 +81,35 @@ def make_step(config: ModelConfig, batch: Batch, variant: str) -> Step:
     return step
 
 
-def transformers_model(ours: Transformer) -> nn.Module:
-    """transformers' Llama with the shape and the weights of our model."""
-    values = to_config(ours.config, bos=None, eos=0, pad=None)
-    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
-    model.load_state_dict(hf.to_hugging_face(ours.state_dict(), ours.config), strict=not ours.config.tied)
-    return model.to(ours.embedding.weight.device).train()
+def make_side(side: str, config: ModelConfig, batch: Batch) -> tuple[Any, Callable[[], Tensor]]:
+    """A side's model with the weights of ours, and its mean loss of the batch."""
+    ours = Transformer(config)
+    if side == "ours":
+        return ours, lambda: ours(batch.tokens, batch.positions, batch.targets)[0] / batch.targets.numel()
+    if side == "litgpt":
+        model = peers.litgpt(config)
+        model.load_state_dict(peers.to_litgpt(ours.state_dict(), config))
+        return model, lambda: peers.litgpt_loss(model, batch)
+    model = peers.llama(config)
+    model.load_state_dict(hf.to_hugging_face(ours.state_dict(), config), strict=not config.tied)
+    return model, lambda: peers.llama_loss(model, batch)
 
 
-def measure_step(step: Step) -> float:
+def why_not(variant: str, packed: bool) -> str | None:
+    """Why a variant takes no part; None when it does."""
+    if not variant.startswith("litgpt"):
+        return None
+    return "knows no documents within a row" if packed else peers.why_no_litgpt()
+
+
+def measure_step(step: Step, clock: Clock = time.perf_counter) -> float:
     """Seconds that a step takes."""
-    start = time.perf_counter()
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, size: int, clock: Clock = time.perf_counter) -> float:
     """FLOP/s of a square matrix product: the best of several."""
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
 
@@ -127,7 +117,7 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
         return (a @ b)[0, 0].item()
 
     product()
-    return 2 * size**3 / min(measure_step(product) for _ in range(5))
+    return 2 * size**3 / min(measure_step(product, clock) for _ in range(5))
 
 
 def machine(device: str) -> str:
@@ -156,6 +146,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--packed", action="store_true", help="four documents a row")
     parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the processor's time, not the clock's: for one thread on a core that other programs use too",
+    )
+    parser.add_argument(
         "--variants",
         nargs="+",
         default=[""],
@@ -165,44 +160,85 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass
+class Measured:
+    """Seconds of every step by variant, and the matrix rate of every round by precision."""
+
+    seconds: dict[str, list[float]]
+    rates: dict[str, list[float]]
+
+
+def measure(steps: dict[str, Step], device: str, rounds: int, clock: Clock) -> Measured:
+    """Let the variants take turns."""
+    size = 8192 if device == "cuda" else 1024
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    found = Measured({name: [] for name in steps}, {name.split()[-1]: [] for name in steps})
+    for _ in range(rounds):
+        for name, step in steps.items():
+            found.seconds[name].append(measure_step(step, clock))
+        for precision, rates in found.rates.items():
+            rates.append(matmul_rate(device, dtypes[precision], size, clock))
+    return found
+
+
+def ratios(found: Measured, tokens: int, flops_per_token: float) -> dict[str, dict[str, float | None]]:
+    """By variant: tokens/s, and what :data:`BARS` names; None where the other side was not measured."""
+    speed = {name: tokens / statistics.median(times) for name, times in found.seconds.items()}
+    rates = {precision: statistics.median(rates) for precision, rates in found.rates.items()}
+
+    def over(name: str, other: str) -> float | None:
+        return speed[name] / speed[other] if other in speed and other != name else None
+
+    lines: dict[str, dict[str, float | None]] = {}
+    for name, rate in speed.items():
+        side, setting = name.split(maxsplit=1)
+        lines[name] = {
+            "tokens/s": rate,
+            "to eager": rate / speed[BASELINE] if BASELINE in speed else None,
+            "to transformers": over(name, f"transformers {setting}") if side == "ours" else None,
+            "to litgpt": over(name, f"litgpt {setting}") if side == "ours" else None,
+            "of peak": rate * flops_per_token / rates[name.split()[-1]],
+        }
+    return lines
+
+
+def print_table(lines: dict[str, dict[str, float | None]]) -> None:
+    """Print the variants and what the columns mean."""
+    forms = {"tokens/s": ",.0f", "of peak": ".1%"}
+    heads = ["tokens/s", *BARS]
+    print(f"\n{'':<32}" + "".join(f"{head:>16}" for head in heads))
+    for name, line in lines.items():
+        shown = ["-" if (value := line[head]) is None else format(value, forms.get(head, ".2f")) for head in heads]
+        print(f"{name:<32}" + "".join(f"{text:>16}" for text in shown))
+    bars = ", ".join(f"{head} {format(bar, forms.get(head, '.2f'))}" for head, bar in BARS.items())
+    print("\nto eager: against transformers eager fp32; to transformers, to litgpt: against them at the same setting;")
+    print("of peak: FLOPs (models/budget.py) a second over the matrix rate, which is measured in every round.")
+    print(f"Aimed at for ours compiled in bf16, on a processor with bf16 instructions: {bars}")
+
+
 def main() -> None:
     """Measure and print the table."""
     args = parse()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     config = DEFAULT if args.shape == "default" else replace(sizes.size(args.shape).config, qk_norm=False)
     config = replace(config, context=max(config.context, args.seq_len))
-    variants = [name for name in VARIANTS if any(words in name for words in args.variants)]
-    batch = Batch.random(config, args.rows, args.seq_len, args.device, args.packed)
-    size = 8192 if args.device == "cuda" else 1024
-    rates = {
-        "fp32": matmul_rate(args.device, torch.float32, size),
-        "bf16": matmul_rate(args.device, torch.bfloat16, size),
-    }
     print(machine(args.device))
-    print(", ".join(f"{name} products {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
     print(f"{budget.parameters(config).total:,} parameters, {args.rows} rows of {args.seq_len} tokens\n")
-
+    batch = Batch.random(config, args.rows, args.seq_len, args.device, args.packed)
     steps: dict[str, Step] = {}
-    for name in variants:
+    for name in (name for name in VARIANTS if any(words in name for words in args.variants)):
+        if reason := why_not(name, args.packed):
+            print(f"{name:<32} not measured: litgpt {reason}")
+            continue
         steps[name] = make_step(config, batch, name)
         start = time.perf_counter()
         losses = [steps[name]() for _ in range(2)]
-        print(f"{name:<32} ready in {time.perf_counter() - start:5.1f} s, losses {losses[0]:.4f} {losses[1]:.4f}")
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name in variants:
-            seconds[name].append(measure_step(steps[name]))
-
-    tokens = args.rows * args.seq_len
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    print(f"\n{'':<32} {'tokens/s':>10} {'to eager':>9} {'to theirs':>9} {'of peak':>8}")
-    for name, rate in speed.items():
-        theirs = name.replace("ours", "transformers")
-        to_eager = f"{rate / speed[BASELINE]:.2f}" if BASELINE in speed else "-"
-        to_theirs = f"{rate / speed[theirs]:.2f}" if theirs in speed and theirs != name else "-"
-        share = rate * budget.flops_per_token(config, args.seq_len) / rates[name.split()[-1]]
-        print(f"{name:<32} {rate:>10,.0f} {to_eager:>9} {to_theirs:>9} {share:>8.1%}")
-    print("\nto eager: against transformers eager fp32; to theirs: against transformers at the same setting;")
-    print("of peak: FLOPs (models/budget.py) a second over the matrix rate measured above")
+        ready = time.perf_counter() - start
+        print(f"{name:<32} ready in {ready:5.1f} s, losses {losses[0]:.4f} {losses[1]:.4f}", flush=True)
+    found = measure(steps, args.device, args.rounds, clock)
+    rates = ", ".join(f"{name} {statistics.median(rates) / 1e9:,.0f} GFLOP/s" for name, rates in found.rates.items())
+    print(f"\nlarge matrix products, in {'processor' if args.cpu_time else 'wall'} time: {rates}")
+    print_table(ratios(found, args.rows * args.seq_len, budget.flops_per_token(config, args.seq_len)))
 
 
 if __name__ == "__main__":

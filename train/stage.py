@@ -24,7 +24,7 @@ from common.settings import to_dict, to_yaml
 from data.tokenizer import Tokenizer
 from models import budget
 from models.sizes import ModelConfig
-from train import checkpoint
+from train import checkpoint, float8
 from train.checkpoint import Checkpoints
 from train.device import choose_device, choose_fit, device_name, make_fabric
 from train.engine import Engine, MakeOptimizers, Values, engine_for
@@ -282,9 +282,11 @@ def open_stage(
         taken: bytes of each device that the stage needs for something else.
 
     Raises:
-        UserError: the run cannot be gone on with; or the GPU's memory is used up in the block.
+        UserError: the run cannot be gone on with, or not in float8 here; or the GPU's memory is used up in the block.
     """
     device = choose_device(settings, place)
+    if settings.fp8:
+        float8.require(device)
     plan = choose_fit(settings, shape, place, device, trainable=trainable, taken=taken)
     fabric = make_fabric(settings, place, plan.strategy)
     job = Job.of_all()

@@ -10,7 +10,7 @@ import torch
 from common.files import require_space
 from models.foreign import Architecture, Foreign
 from models.transformer import Transformer
-from train import lora
+from train import float8, lora
 from train.device import compiles
 from train.engine import Values
 from train.learning import LoraSettings
@@ -28,6 +28,8 @@ class Student:
     def build(self, stage: Stage) -> Transformer | Foreign:
         """The model as the engine takes it."""
         raw = self._plain(torch.bfloat16 if stage.settings.precision == "bf16" else torch.float32)
+        if stage.settings.fp8:
+            float8.convert(raw)
         if compiles(stage.settings, stage.device):
             raw.compile_parts()
         raw.checkpointing = stage.fit.checkpointing

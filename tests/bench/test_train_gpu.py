@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import train_gpu
+from bench.peers import Batch
 from bench.train_gpu import (
     OUT_OF_MEMORY,
+    Figures,
     Line,
     Setting,
     Trainee,
@@ -23,7 +26,6 @@ from bench.train_gpu import (
     make_lines,
     measure,
 )
-from bench.train_step import Batch
 from models import budget, gpus, sizes
 from models.sizes import ModelConfig
 from tests.conftest import ROOT, run_command
@@ -61,7 +63,7 @@ def test_a_line_for_every_variant_with_the_flops_of_the_budget(tmp_path: Path) -
         assert all(math.isfinite(line[name]) for name in ("tokens_per_second", "step_ms", "first_loss"))
         assert line["tokens_per_second"] == pytest.approx(128_000 / line["step_ms"])
         assert line["mfu"] is None
-        row = re.search(rf"^tiny +{line['variant']} +2 +([\d,]+) +- +([\d.,]+) +- +([\d.]+)", done.stdout, re.M)
+        row = re.search(rf"^tiny +{line['variant']} +2 +([\d,]+) +- +([\d.,]+) +- +(-|[\d.]+)", done.stdout, re.M)
         assert row is not None
         assert row[1] == format(line["tokens_per_second"], ",.0f")
     expected = ["ours eager", "ours eager, documents", "transformers eager"]
@@ -79,6 +81,71 @@ for words in (["--help"], shape):
     except SystemExit as end:
         assert not end.code, end.code
 """
+
+
+def figures(path: Path, **asked: object) -> Figures:
+    return Figures(path, {"device": "cpu", "rounds": 1} | asked)
+
+
+def test_a_call_goes_on_with_what_its_file_lacks(tmp_path: Path) -> None:
+    makers = {"a": failing(ValueError(), 99), "b": failing(ValueError(), 99), "c": failing(ValueError("no"), 0)}
+    variants = [Variant(name, make) for name, make in makers.items()]
+    path = tmp_path / "lines.jsonl"
+    first = figures(path)
+    now = time.monotonic()
+    measure(setting(), variants, 1, 1, now - 1, lambda found: first.add(make_lines("tiny", setting(), found, None)))
+    assert not path.exists()  # no turn begins after the deadline
+    measure(setting(), variants[:1], 1, 1, keep=lambda found: first.add(make_lines("tiny", setting(), found, None)))
+    second = figures(path)
+    assert [variant.name for variant in second.missing("tiny", variants)] == ["b", "c"]
+    assert [variant.name for variant in second.missing("15m", variants)] == ["a", "b", "c"]
+    measure(setting(), variants[1:], 1, 1, keep=lambda found: second.add(make_lines("tiny", setting(), found, None)))
+    assert [(line.variant, line.turns, bool(line.trouble)) for line in figures(path).of("tiny")] == [
+        ("a", 1, False),
+        ("b", 1, False),
+        ("c", 0, True),
+    ]
+    other = figures(path, rounds=2)  # another setting: nothing counts, and nothing is lost
+    assert other.of("tiny") == []
+    other.add(second.of("tiny")[:1])
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_a_call_that_goes_on_measures_ours_beside_the_others(tmp_path: Path) -> None:
+    shape = "--sizes tiny --seq-len 16 --micro-rows 1 --rounds 1 --steps 1 --device cpu --no-compile".split()
+    shape += ["--json", str(tmp_path / "lines.jsonl")]
+    command = ["-c", TWO_CALLS, ROOT / SCRIPT, *shape]
+    done = run_command(*command, environment=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    parts = done.stdout.split("\nlitgpt: ")
+    turns = [re.findall(r"^(.*?) +first step", part, re.M) for part in parts[1:]]
+    assert turns == [["ours eager", "ours eager, documents"], ["ours eager", "transformers eager"]]
+    lines = {line["variant"]: line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
+    assert set(lines) >= {"ours eager", "ours eager, documents", "transformers eager"}
+    ours, theirs = (lines[name]["tokens_per_second"] for name in ("ours eager", "transformers eager"))
+    assert lines["transformers eager"]["ours_over_it"] == pytest.approx(ours / theirs)
+
+
+TWO_CALLS = """
+import runpy, sys
+sys.modules["litgpt"] = None
+script, *shape = sys.argv[1:]
+for words in ([*shape, "--variants", "ours"], shape):
+    sys.argv[1:] = words
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"size": "tiny"}\n')
+    done = run_command(SCRIPT, "--device", "cpu", "--json", path, environment=ONE_THREAD)
+    assert done.returncode == 2
+    assert done.stderr == f"{path} holds other lines than this program's; name another file for --json\n"
+    assert path.read_text() == '{"size": "tiny"}\n'
 
 
 def test_it_needs_little_installed() -> None:
@@ -182,7 +249,8 @@ def lines_at(share: float, gpu: str, size: str = "c4-130m") -> list[Line]:
 
 def test_mfu_ratio_and_bar() -> None:
     ours, documents, theirs, *_ = lines_at(0.46, "h100-80g")
-    assert (ours.mfu, ours.to_transformers, theirs.mfu) == pytest.approx((0.46, 4, 0.115))
+    assert (ours.mfu, theirs.ours_over_it, theirs.mfu) == pytest.approx((0.46, 4, 0.115))
+    assert (ours.ours_over_it, documents.ours_over_it) == (None, None)
     assert (ours.bar, ours.met) == (0.45, True)
     assert (documents.bar, theirs.bar) == (None, None)
     assert lines_at(0.44, "h100-80g")[0].met is False
