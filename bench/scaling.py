@@ -67,6 +67,10 @@ from train.scaling import (
 )
 from train.settings import HealthSettings, OptimizerSettings, RunSettings
 
+# torch 2.13 gave them new names and warns of the old ones.
+gather_whole = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter_sums = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 SIZES = (8, 2**16, 2**20, 2**22, 2**23)
 """Bytes of the messages that latency and bandwidth are fitted to."""
@@ -222,14 +226,14 @@ def _collective(operation: Operation, whole: Tensor, world: int) -> Callable[[],
 
     def gather() -> None:
         gathered = torch.empty_like(whole)
-        dist.all_gather_into_tensor(gathered, part.clone())
+        gather_whole(gathered, part.clone())
         whole.copy_(gathered)
 
     part = whole[: len(whole) // world]
     actions: dict[Operation, Callable[[], object]] = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "all_gather": gather,
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(torch.empty_like(part), whole.clone()),
+        "reduce_scatter": lambda: scatter_sums(torch.empty_like(part), whole.clone()),
         "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
     }
     return actions[operation]

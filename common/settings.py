@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_type_hints
 
@@ -115,7 +116,7 @@ def _recipe(kind: type, words: Sequence[str]) -> Path | None:
     """The file of the recipe that is asked for, the last of several; None where none is."""
     folders = {f"--{field.name}": field.metadata.get("recipes") for field in dataclasses.fields(kind)}
     asked = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         flag, equals, value = word.partition("=")
         folder = folders.get(flag)
         if folder is not None:

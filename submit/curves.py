@@ -92,6 +92,7 @@ def _validations(run: Run, marks: Sequence[Mark]) -> list[str]:
                     groups[group].append(name)
     titles = {
         "val/bpb": ("Bits per byte", "held-out text; no tokenizer changes it"),
+        "val/perplexity": ("Perplexity", "held-out text, a document a row; only of this tokenizer"),
         "val/loss": ("Validation loss by part", "nats a token"),
         "val/kl": ("Divergence from the teacher", "nats a token"),
         "val/stopped": ("Answers that end", "share of the fixed questions"),

@@ -85,7 +85,8 @@ def _tiles(run: Run, line: Sequence[Made]) -> dict[str, tuple[str, str]]:
     steps = run.steps()
     if steps:
         tiles["loss"] = (f"{steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else "none", "last step, training")
-    for name, title in (("val/loss", "validation loss"), ("val/bpb", "bits per byte")):
+    titles = {"val/loss": "validation loss", "val/bpb": "bits per byte", "val/perplexity": "perplexity"}
+    for name, title in titles.items():
         values = [(one[name], one["step"]) for one in run.evaluations() if one.get(name) is not None]
         if values:
             tiles[title] = (f"{values[-1][0]:.3f}", f"after step {values[-1][1]:,}")

@@ -40,6 +40,7 @@ def test_flags_win_wherever_they_stand(tmp_path: Path) -> None:
     for words in ("--recipe galore-60m --optimizer.lr 2e-3", "--optimizer.lr 2e-3 --recipe=galore-60m"):
         command = read(*words.split())
         assert (command.optimizer.lr, command.optimizer.beta2, command.recipe) == (2e-3, 0.999, "galore-60m")
+    assert read().recipe is None
     own = tmp_path / "own.yaml"
     own.write_text("size: tiny\nseq_len: 64\n")
     assert read("--recipe", "galore-1b", "--recipe", str(own)).seq_len == 64  # the last one counts
