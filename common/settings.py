@@ -182,6 +182,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def differences(settings: Any, stored: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Fields that decide what a run computes and that differ from ``stored``.
 
+    A field that a stored group does not know came later: what was stored had its default.
+
     Returns:
         ``(name, stored value, new value)`` for each, nested names joined by dots.
     """
@@ -193,9 +195,11 @@ def differences(settings: Any, stored: dict[str, Any], prefix: str = "") -> list
         if dataclasses.is_dataclass(value):
             found += differences(value, _group(stored.get(field.name)), f"{prefix}{field.name}.")
             continue
-        new = to_dict(settings)[field.name]
-        if new != stored.get(field.name):
-            found.append((f"{prefix}{field.name}", stored.get(field.name), new))
+        new, old = to_dict(settings)[field.name], stored.get(field.name)
+        if prefix and stored and field.name not in stored and field.default is not dataclasses.MISSING:
+            old = field.default
+        if new != old:
+            found.append((f"{prefix}{field.name}", old, new))
     return found
 
 

@@ -98,3 +98,14 @@ def test_differences_leave_out_what_may_change() -> None:
         ("name", "a", "b"),
         ("inner.rate", None, 2.0),
     ]
+
+
+def test_a_field_that_came_later_had_its_default() -> None:
+    @dataclass
+    class Later(Inner):
+        layout: str = "packed"
+        """Came later."""
+
+    stored = to_dict(Outer())
+    assert differences(Outer(inner=Later()), stored) == []
+    assert differences(Outer(inner=Later(layout="padded")), stored) == [("inner.layout", "packed", "padded")]
