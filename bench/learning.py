@@ -1,15 +1,16 @@
 """Learning: how much text our default recipe needs to come where tuned AdamW ends, on the same shape and text.
 
     python -m data prepare --data my-corpus --tokenizer my-tokenizer --out prepared
-    python bench/learning.py sweep --recipe adamw --data prepared --sizes 4x128 --rates 4e-3 6e-3 9e-3
-    python bench/learning.py compare --data prepared --size 4x128 --adamw-lr 6e-3 --seeds 0 1 2
-    python bench/learning.py sweep --recipe default --data prepared --sizes 2x128 2x512 --rates 0.01 0.015 0.0225
+    python bench/learning.py sweep --recipe adamw --data prepared --sizes 4x128 --times 0.5 0.75 1 1.5
+    python bench/learning.py compare --data prepared --size 4x128 --baseline-lr 6e-3 --seeds 0 1 2
+    python bench/learning.py sweep --recipe default --data prepared --sizes 2x128 2x512 --times 0.67 1 1.5
 
-``compare`` trains (a) AdamW by the recipe of the GaLore paper's C4 table (arXiv:2403.03507 and its code: betas 0.9 and
-0.999, no weight decay, no clipping, 10% warm-up, cosine to 10%), at a rate that a sweep has found, and (b) what
-``train.py`` does when it is told nothing, on the same tokens in the same batches from the same seeds. It prints both
-ends, the tokens after which (b) is where (a) ends, and the time that takes: steps of both, taken in turn here, times
-their number. ``sweep`` trains one recipe at several rates, and prints the best one of each size.
+``compare`` trains (a) AdamW by the recipe of the GaLore paper's C4 table (arXiv:2403.03507: no weight decay, 10%
+warm-up, cosine to 10%) at a rate that a sweep has found, and (b) what ``train.py`` does when it is told nothing, on
+the same tokens in the same batches from the same seeds. ``galore`` has the second beta 0.999 and no clipping, as in
+that paper's code; ``adamw`` 0.95 and clipping at 1. It prints both ends, the tokens after which (b) is where (a) ends,
+and the time that takes: steps of both, taken in turn here, times their number. ``sweep`` trains one recipe at several
+rates, and prints the best one of each size.
 
 A size is a row of models/sizes.py or LAYERSxWIDTH. Every run is one of ``train.py``, in a folder of its own under
 ``--out``: the same command again goes on where it was, and what is finished is not done again. Words that are not
@@ -49,17 +50,19 @@ from models.transformer import Transformer  # noqa: E402
 from train.optimizer import make_optimizers  # noqa: E402
 from train.settings import TrainSettings, model_config, resolve  # noqa: E402
 
+GALORE = "--optimizer.name adamw --optimizer.weight-decay 0 --schedule.name cosine --schedule.final 0.1"
+
 RECIPES = {
-    "adamw": "--optimizer.name adamw --optimizer.beta2 0.999 --optimizer.weight-decay 0 --optimizer.clip 0 "
-    "--schedule.name cosine --schedule.final 0.1",
+    "galore": f"{GALORE} --optimizer.beta2 0.999 --optimizer.clip 0",
+    "adamw": f"{GALORE} --optimizer.beta2 0.95 --optimizer.clip 1",
     "default": "",
 }
-"""Words for train.py, without the learning rate and GaLore's warm-up, which is a tenth of the tokens."""
+"""Words for train.py, without the learning rate and the warm-up of the first two, which is a tenth of the tokens."""
 
 HEAD_WIDTH = 32
 """Of the shapes that are given as LAYERSxWIDTH: several heads even where the model is narrow."""
 
-EVALUATIONS = 16
+EVALUATIONS = 12
 """Of a run; between them the loss is interpolated."""
 
 MICRO_TOKENS = {"cpu": 4_096, "cuda": 32_768}
@@ -84,10 +87,15 @@ class Task:
         words = ["--size", size, "--data", str(self.data), "--tokens", str(self.tokens), "--seed", str(seed)]
         words += ["--batch-tokens", str(self.batch_tokens), "--seq-len", str(self.seq_len)]
         words += ["--model.vocab", str(self.vocab), *RECIPES[recipe].split()]
-        words += ["--schedule.warmup", str(self.tokens // 10)] if recipe == "adamw" else []
+        words += [] if recipe == "default" else ["--schedule.warmup", str(self.tokens // 10)]
         words += [] if rate is None else ["--optimizer.lr", f"{rate:g}"]
         words += ["--eval.every", str(self.tokens // EVALUATIONS), "--eval.continuation", "0"]
         return [*words, "--checkpoint.keep", "1", "--log.tensorboard", "false", *self.more]
+
+    def settings(self, recipe: str, size: str) -> TrainSettings:
+        """What train.py makes of the words."""
+        asked = parse(TrainSettings, self.words(recipe, size, 0, None), prog="train.py", description="")
+        return resolve(asked, model_config(asked))
 
     def folder(self, recipe: str, size: str, seed: int, rate: float | None) -> Path:
         """Of a run."""
@@ -203,10 +211,8 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 def make_step(task: Task, recipe: str, size: str, device: torch.device) -> Callable[[], None]:
     """A whole step of a recipe as train.py takes it on one device, on random tokens."""
-    words = task.words(recipe, size, 0, None)
-    asked = parse(TrainSettings, words, prog="train.py", description="")
-    settings = resolve(asked, model_config(asked))
-    config = model_config(asked)
+    settings = task.settings(recipe, size)
+    config = model_config(settings)
     cuda = device.type == "cuda"
     model = Transformer(config).to(device)
     if cuda:
@@ -232,12 +238,12 @@ def make_step(task: Task, recipe: str, size: str, device: torch.device) -> Calla
     return step
 
 
-def step_ratio(task: Task, size: str, device: torch.device, rounds: int) -> float:
-    """Time of a step of the default over one of AdamW: the median over rounds in which both take one in turn.
+def step_ratio(task: Task, baseline: str, size: str, device: torch.device, rounds: int) -> float:
+    """Time of a step of the default over one of the baseline: the median over rounds in which both take one in turn.
 
     On a CPU processor time, which others on the machine change less.
     """
-    steps = [make_step(task, recipe, size, device) for recipe in ("default", "adamw")]
+    steps = [make_step(task, recipe, size, device) for recipe in ("default", baseline)]
 
     def seconds(step: Callable[[], None]) -> float:
         clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -277,11 +283,12 @@ def compare(args: argparse.Namespace, task: Task) -> None:
     found = []
     for seed in args.seeds:
         runs = [
-            task.run(*one) for one in (("adamw", args.size, seed, args.adamw_lr), ("default", args.size, seed, None))
+            task.run(*one)
+            for one in ((args.baseline, args.size, seed, args.baseline_lr), ("default", args.size, seed, None))
         ]
         found.append(Comparison(seed, *runs))
         print(f"seed {seed}: AdamW {runs[0].last():.4f}, default {runs[1].last():.4f}", flush=True)
-    ratio = step_ratio(task, args.size, torch.device(args.device), args.rounds)
+    ratio = step_ratio(task, args.baseline, args.size, torch.device(args.device), args.rounds)
     print_comparison(found, ratio)
 
 
@@ -316,21 +323,29 @@ def _print_line(name: str, values: Sequence[float]) -> None:
 
 
 def sweep(args: argparse.Namespace, task: Task) -> None:
-    """Train a recipe at every rate and size, and print the losses and the best rates."""
-    rates = sorted(args.rates)
+    """Train a recipe at every rate and size, and print the losses and the best rates.
+
+    The rates are multiples of the default one, which depends on the width: what does not depend on it any more is
+    where in the grid the best one lies.
+    """
+    times = sorted(args.times)
     best = {}
     for size in args.sizes:
         known_size(size)
+        usual = task.settings(args.recipe, size).optimizer.lr
+        assert usual is not None
         losses = []
-        for rate in rates:
+        for factor in times:
+            rate = factor * usual
             curves = [task.run(args.recipe, size, seed, rate) for seed in args.seeds]
             losses.append(statistics.fmean(curve.last() for curve in curves))
-            print(f"{size:<10} rate {rate:<10g} loss {losses[-1]:.4f}", flush=True)
-        best[size] = best_rate(rates, losses)
+            print(f"{size:<10} {factor:>6g} × {usual:.3g} = {rate:<10.3g} loss {losses[-1]:.4f}", flush=True)
+        best[size] = best_rate(times, losses)
         at_the_end = min(losses) in (losses[0], losses[-1])
-        print(f"{size:<10} best {best[size]:.3g}" + (": an end of the grid, give more rates" if at_the_end else ""))
+        found = f"{size:<10} best at {best[size]:.2f} times the default, {best[size] * usual:.3g}"
+        print(found + (": an end of the grid, give more" if at_the_end else ""), flush=True)
     if len(best) > 1:
-        print(f"the best rates differ by a factor of {max(best.values()) / min(best.values()):.2f}")
+        print(f"the best multiples differ by a factor of {max(best.values()) / min(best.values()):.2f}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -339,20 +354,21 @@ def parser() -> argparse.ArgumentParser:
     ways = whole.add_subparsers(dest="way", required=True)
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--data", type=Mix.parse, required=True, help="prepared tokens, or a mix of them")
-    both.add_argument("--tokens", type=Count.parse, default=Count(1_000_000))
-    both.add_argument("--batch-tokens", type=Count.parse, default=Count(4_096))
+    both.add_argument("--tokens", type=Count.parse, default=Count(600_000))
+    both.add_argument("--batch-tokens", type=Count.parse, default=Count(2_048))
     both.add_argument("--seq-len", type=Count.parse, default=Count(128))
     both.add_argument("--seeds", type=int, nargs="+", default=[0])
     both.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     both.add_argument("--out", type=Path, default=Path("runs/learning"))
     one = ways.add_parser("compare", parents=[both], help="AdamW and the default, from several seeds")
     one.add_argument("--size", default="4x128")
-    one.add_argument("--adamw-lr", type=float, required=True, help="the best that a sweep has found")
+    one.add_argument("--baseline", choices=("adamw", "galore"), default="adamw")
+    one.add_argument("--baseline-lr", type=float, required=True, help="the best that a sweep has found")
     one.add_argument("--rounds", type=int, default=21, help="of the steps that are timed")
     many = ways.add_parser("sweep", parents=[both], help="one recipe at several rates and sizes")
     many.add_argument("--recipe", choices=tuple(RECIPES), required=True)
     many.add_argument("--sizes", nargs="+", default=["4x128"])
-    many.add_argument("--rates", type=float, nargs="+", required=True)
+    many.add_argument("--times", type=float, nargs="+", required=True, help="the default rate, such as 0.67 1 1.5")
     return whole
 
 
