@@ -169,7 +169,7 @@ def ways(job: Workload) -> list[Fit]:
     Raises:
         UserError: the devices cannot share the batch evenly, or the micro-batch does not divide a share.
     """
-    names = strategies(job.machine, job.optimizer) if job.strategy == "auto" else (job.strategy,)
+    names = strategies(job.machine) if job.strategy == "auto" else (job.strategy,)
     levels = CHECKPOINTING if job.checkpointing == "auto" else (job.checkpointing,)
     micro_batches = job.micro_batches()
     return [_best_under(job, name, levels, micro_batches) for name in names]
@@ -190,12 +190,12 @@ def best(job: Workload) -> Fit:
     return next((fit for fit in found if fit.fits), min(found, key=lambda fit: fit.memory.total))
 
 
-def strategies(machine: Machine, optimizer: str = "adamw") -> tuple[str, ...]:
+def strategies(machine: Machine) -> tuple[str, ...]:
     """The strategies that there is a use for, those that auto chooses from first and in its order."""
     several = ("hsdp", "fsdp") if machine.nodes > 1 and machine.devices > 1 else ("fsdp",)
     ours = ("ddp", *several) if machine.world > 1 else ("ddp",)
     zero = ("deepspeed-2", "deepspeed-3", "deepspeed-3-offload") if machine.world > 1 else ("deepspeed-3-offload",)
-    return ours if optimizer == "muon" else (*ours, *zero)  # DeepSpeed brings its own optimiser
+    return (*ours, *zero)
 
 
 def _best_under(job: Workload, strategy: str, levels: tuple[str, ...], micro_batches: list[int]) -> Fit:
@@ -279,10 +279,10 @@ def buffer_bytes(job: Workload, strategy: str) -> int:
 def step_bytes(job: Workload, strategy: str) -> int:
     """Bytes that the optimiser's step needs beside its state: none for fused AdamW, roughly 10·L·2·F·D/W for Muon.
 
-    Muon handles all matrices of a shape together, at worst gate and up: directions in fp32 and bf16, and
-    Newton-Schulz's products.
+    Under DeepSpeed it is always AdamW. Muon handles all matrices of a shape together, at worst gate and up:
+    directions in fp32 and bf16, and Newton-Schulz's products.
     """
-    if job.optimizer != "muon":
+    if job.optimizer != "muon" or strategy.startswith("deepspeed"):
         return 0
     largest = 2 * job.config.layers * job.config.ffn * job.config.width
     return 10 * largest // shards_of(job, strategy)

@@ -195,6 +195,7 @@ def _run(settings: TrainSettings, config: ModelConfig) -> Section:
                 "as given, else 2^19·sqrt(tokens / 2.5e9) to a power of two, 2^14 to 2^20 (arXiv:2410.21676)",
             ),
             Row("steps", f"{-(-tokens // batch):,}", "tokens / batch, rounded up"),
+            Row("optimiser", f"{settings.optimizer.name}, rate {settings.optimizer.lr:.3g}", _why_optimizer(settings)),
             Row(
                 "FLOPs per token",
                 f"{flops / 1e9:,.2f} G",
@@ -203,6 +204,15 @@ def _run(settings: TrainSettings, config: ModelConfig) -> Section:
             Row("FLOPs in all", f"{flops * tokens:.3g}", "FLOPs per token · tokens"),
         ],
     )
+
+
+def _why_optimizer(settings: TrainSettings) -> str:
+    """Where the optimiser's name and rate come from."""
+    if settings.optimizer.name == "muon":
+        return "as given, else muon for new weights (fewer tokens to the same loss, docs/log.md), at 0.1 / sqrt(D)"
+    if settings.init is not None:
+        return "as given, else adamw for weights that know something already, at a rate in proportion to 1 / D"
+    return "as given, else adamw under DeepSpeed, which cuts the matrices that muon needs; at 0.768 / D, at most 4e-3"
 
 
 def _memory(job: Workload, every: list[Fit], why: str) -> Section:

@@ -135,7 +135,7 @@ def _fill(settings: Settings, stored: dict[str, Any]) -> Settings:
             continue
         if dataclasses.is_dataclass(value):
             changes[field.name] = _fill(value, before if isinstance(before, dict) else {})
-        elif value is None or (field.name == "precision" and value == "auto"):
+        elif value is None or value == "auto":
             changes[field.name] = value if before is None else before
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 

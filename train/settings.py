@@ -34,6 +34,11 @@ RECOVERY_STEPS = 128
 TUNING_RATE = 2e-5 * 4096
 """Default learning rate, times the width, for weights that know something already: Alpaca's for LLaMA-7B."""
 
+MUON_RATE = 0.1
+"""Default learning rate of muon, times the root of the width. An update's root mean square is a fifth of the rate
+whatever the shape, so its largest singular value grows as the rate times the root of the width: this rule keeps that
+where it is, so that activations change as much at any width (Yang et al., arXiv:2310.17813)."""
+
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
 
@@ -53,11 +58,12 @@ class ModelSettings:
 class OptimizerSettings:
     """The optimiser, its learning rate and clipping."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: hidden matrices by orthogonalised momentum, everything else by AdamW."""
+    name: Literal["auto", "adamw", "muon"] = "auto"
+    """muon: hidden matrices by orthogonalised momentum, everything else by AdamW. auto: muon for new weights, adamw
+    for weights that know something already, and under DeepSpeed."""
     lr: float | None = None
-    """Peak learning rate. Default, in inverse proportion to the width: pre-training 1e-3 at 768, at most 4e-3;
-    fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
+    """Peak learning rate. Default: muon 0.1 / sqrt(width); adamw, in inverse proportion to the width, pre-training
+    1e-3 at 768, at most 4e-3; fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
@@ -398,7 +404,7 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
         seq_len=seq_len,
         batch_tokens=batch,
         run=run_name(settings),
-        optimizer=replace(settings.optimizer, lr=settings.optimizer.lr or _rate(settings, config)),
+        optimizer=_optimizer(settings, config),
         lora=fill_alpha(settings.lora),
         model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
         eval=replace(settings.eval, every=every, tokens=held_out),
@@ -412,12 +418,22 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
     return resolved
 
 
-def _rate(settings: TrainSettings, config: ModelConfig) -> float:
+def _optimizer(settings: TrainSettings, config: ModelConfig) -> OptimizerSettings:
+    """The optimiser with its name and rate."""
+    given = settings.optimizer
+    new = settings.init is None and not settings.strategy.startswith("deepspeed")
+    name = given.name if given.name != "auto" else "muon" if new else "adamw"
+    return replace(given, name=name, lr=given.lr or _rate(settings, config, name))
+
+
+def _rate(settings: TrainSettings, config: ModelConfig, optimizer: str) -> float:
     """The default peak learning rate, as :class:`OptimizerSettings` tells it."""
     if settings.lora.rank is not None:
         return 10 * TUNING_RATE / config.width
     if settings.init is not None and settings.teacher is not None:
         return TUNING_RATE / config.width
+    if optimizer == "muon":
+        return MUON_RATE / math.sqrt(config.width)
     return min(4e-3, 1e-3 * 768 / config.width)
 
 
@@ -473,8 +489,10 @@ def resolve_run(settings: Run, world: int) -> Run:
     if warmup > tokens:
         raise UserError(f"--schedule.warmup {warmup} is longer than the run of {tokens} tokens")
     save = settings.checkpoint.every or min(1000, max(10, math.ceil(tokens / batch) // 20))
+    optimizer = settings.optimizer
     return replace(
         settings,
+        optimizer=replace(optimizer, name="adamw" if optimizer.name == "auto" else optimizer.name),
         schedule=replace(
             schedule,
             warmup=warmup,

@@ -144,8 +144,15 @@ def test_what_is_asked_for_is_taken() -> None:
 def test_each_strategy_is_answered_once() -> None:
     names = [fit.strategy for fit in ways(ask("1b", Machine(H100, 8, 2)))]
     assert names == ["ddp", "hsdp", "fsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
-    assert [fit.strategy for fit in ways(ask("1b", Machine(H100, 8, 2), optimizer="muon"))] == ["ddp", "hsdp", "fsdp"]
     assert [fit.strategy for fit in ways(ask("1b", Machine(H100)))] == ["ddp", "deepspeed-3-offload"]
+
+
+def test_muons_step_needs_room_but_not_under_deepspeed_which_has_adamw() -> None:
+    for fit, adamw in zip(
+        ways(ask("1b", Machine(H100, 8), optimizer="muon")), ways(ask("1b", Machine(H100, 8))), strict=True
+    ):
+        state, other = fit.memory.optimizer, adamw.memory.optimizer
+        assert state == other if fit.strategy.startswith("deepspeed") else state < 0.7 * other
 
 
 def test_a_cpu_takes_few_tokens_at_a_time() -> None:

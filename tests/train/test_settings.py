@@ -19,8 +19,17 @@ def test_defaults_follow_from_the_size() -> None:
     assert settings.seq_len == 2048
     assert settings.batch_tokens == 2**19
     assert settings.schedule.decay == settings.tokens // 5
-    assert settings.optimizer.lr == pytest.approx(1e-3 * 768 / 576)
+    assert settings.optimizer.name == "muon"
+    assert settings.optimizer.lr == pytest.approx(0.1 / 24)
     assert None not in (settings.run, settings.model.vocab, settings.checkpoint.every, settings.eval.every)
+
+
+def test_muon_trains_new_weights_and_adamw_the_others(micro_model: Path) -> None:
+    for words in (("--init", str(micro_model)), ("--size", "125m", "--strategy", "deepspeed-2")):
+        assert read(*words).optimizer.name == "adamw"
+    adamw = read("--size", "125m", "--optimizer.name", "adamw").optimizer
+    assert (adamw.name, adamw.lr) == ("adamw", pytest.approx(1e-3 * 768 / 576))
+    assert read("--size", "125m", "--optimizer.lr", "2e-3").optimizer.lr == 2e-3
 
 
 def test_the_batch_grows_with_the_root_of_the_budget() -> None:
