@@ -83,7 +83,7 @@ class Task:
     """Further words for train.py."""
 
     def words(self, recipe: str, size: str, seed: int, rate: float | None) -> list[str]:
-        """The words for train.py; a rate of None leaves it to the recipe."""
+        """The words for train.py; a rate of None leaves it to the default."""
         words = ["--size", size, "--data", str(self.data), "--tokens", str(self.tokens), "--seed", str(seed)]
         words += ["--batch-tokens", str(self.batch_tokens), "--seq-len", str(self.seq_len)]
         words += ["--model.vocab", str(self.vocab), *RECIPES[recipe].split()]
@@ -97,12 +97,17 @@ class Task:
         asked = parse(TrainSettings, self.words(recipe, size, 0, None), prog="train.py", description="")
         return resolve(asked, model_config(asked))
 
-    def folder(self, recipe: str, size: str, seed: int, rate: float | None) -> Path:
-        """Of a run."""
-        named = "default" if rate is None else f"{rate:g}"
-        return self.out / f"{recipe}-{size}-{self.tokens}-lr-{named}-seed-{seed}"
+    def default_rate(self, recipe: str, size: str) -> float:
+        """The peak learning rate when train.py is not told one."""
+        rate = self.settings(recipe, size).optimizer.lr
+        assert rate is not None
+        return rate
 
-    def run(self, recipe: str, size: str, seed: int, rate: float | None) -> "Curve":
+    def folder(self, recipe: str, size: str, seed: int, rate: float) -> Path:
+        """Of a run."""
+        return self.out / f"{recipe}-{size}-{self.tokens}-lr-{rate:g}-seed-{seed}"
+
+    def run(self, recipe: str, size: str, seed: int, rate: float) -> "Curve":
         """Train, or go on, or find it finished; its losses.
 
         Raises:
@@ -280,12 +285,10 @@ class Comparison:
 def compare(args: argparse.Namespace, task: Task) -> None:
     """Train both recipes from every seed, and print what came of it."""
     known_size(args.size)
+    rates = {args.baseline: args.baseline_lr, "default": task.default_rate("default", args.size)}
     found = []
     for seed in args.seeds:
-        runs = [
-            task.run(*one)
-            for one in ((args.baseline, args.size, seed, args.baseline_lr), ("default", args.size, seed, None))
-        ]
+        runs = [task.run(recipe, args.size, seed, rate) for recipe, rate in rates.items()]
         found.append(Comparison(seed, *runs))
         print(f"seed {seed}: AdamW {runs[0].last():.4f}, default {runs[1].last():.4f}", flush=True)
     ratio = step_ratio(task, args.baseline, args.size, torch.device(args.device), args.rounds)
@@ -332,8 +335,7 @@ def sweep(args: argparse.Namespace, task: Task) -> None:
     best = {}
     for size in args.sizes:
         known_size(size)
-        usual = task.settings(args.recipe, size).optimizer.lr
-        assert usual is not None
+        usual = task.default_rate(args.recipe, size)
         losses = []
         for factor in times:
             rate = factor * usual
