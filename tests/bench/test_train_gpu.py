@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import train_gpu
+from bench import peers, train_gpu
 from bench.peers import Batch
 from bench.train_gpu import (
     OUT_OF_MEMORY,
@@ -111,40 +111,44 @@ def test_a_call_goes_on_with_what_its_file_lacks(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_a_call_that_goes_on_measures_ours_beside_the_others(tmp_path: Path) -> None:
-    shape = "--sizes tiny --seq-len 16 --micro-rows 1 --rounds 1 --steps 1 --device cpu --no-compile".split()
-    shape += ["--json", str(tmp_path / "lines.jsonl")]
-    command = ["-c", TWO_CALLS, ROOT / SCRIPT, *shape]
-    done = run_command(*command, environment=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    parts = done.stdout.split("\nlitgpt: ")
-    turns = [re.findall(r"^(.*?) +first step", part, re.M) for part in parts[1:]]
-    assert turns == [["ours eager", "ours eager, documents"], ["ours eager", "transformers eager"]]
-    lines = {line["variant"]: line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
-    assert set(lines) >= {"ours eager", "ours eager, documents", "transformers eager"}
+def call(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    """The program in this process, without litgpt."""
+    monkeypatch.setattr(peers, "why_no_litgpt", lambda: "not installed")
+    monkeypatch.setattr("sys.argv", [SCRIPT, "--device", "cpu", *map(str, words)])
+    return train_gpu.main()
+
+
+def test_a_call_that_goes_on_measures_ours_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lines.jsonl"
+    shape = "--sizes tiny --seq-len 16 --micro-rows 1 --rounds 1 --steps 1 --no-compile --json".split()
+    turns = []
+    for more in (["--variants", "ours"], [], []):
+        assert call(monkeypatch, *shape, path, *more) == 0
+        turns.append(re.findall(r"^(.*?) +first step", capsys.readouterr().out, re.M))
+    assert turns == [["ours eager", "ours eager, documents"], ["ours eager", "transformers eager"], []]
+    lines = {line["variant"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert lines.keys() == {"ours eager", "ours eager, documents", "transformers eager"}
     ours, theirs = (lines[name]["tokens_per_second"] for name in ("ours eager", "transformers eager"))
     assert lines["transformers eager"]["ours_over_it"] == pytest.approx(ours / theirs)
 
 
-TWO_CALLS = """
-import runpy, sys
-sys.modules["litgpt"] = None
-script, *shape = sys.argv[1:]
-for words in ([*shape, "--variants", "ours"], shape):
-    sys.argv[1:] = words
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, end.code
-"""
+def test_what_there_was_no_time_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--sizes", "tiny", "--minutes", "0", "--no-compile", "--variants", "ours") == 0
+    assert re.search(r"^tiny +ours eager +not measured: time is up$", capsys.readouterr().out, re.M)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"size": "tiny"}\n')
-    done = run_command(SCRIPT, "--device", "cpu", "--json", path, environment=ONE_THREAD)
-    assert done.returncode == 2
-    assert done.stderr == f"{path} holds other lines than this program's; name another file for --json\n"
+    assert call(monkeypatch, "--json", path) == 2
+    said = capsys.readouterr().err
+    assert said == f"{path} holds other lines than this program's; name another file for --json\n"
     assert path.read_text() == '{"size": "tiny"}\n'
 
 
