@@ -140,7 +140,9 @@ class Curve:
         records = {record["tokens"]: record for record in map(json.loads, lines) if "val/loss" in record}
         tokens = sorted(records)
         names = [name for name in records[tokens[-1]] if name.startswith("val/loss")]
-        losses = {name.removeprefix("val/loss").strip("/"): [records[at][name] for at in tokens] for name in names}
+        losses = {
+            name.removeprefix("val/loss").removeprefix("/"): [records[at][name] for at in tokens] for name in names
+        }
         return cls(tokens, losses)
 
     def last(self, source: str = "") -> float:

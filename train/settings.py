@@ -34,10 +34,9 @@ RECOVERY_STEPS = 128
 TUNING_RATE = 2e-5 * 4096
 """Default learning rate, times the width, for weights that know something already: Alpaca's for LLaMA-7B."""
 
-MUON_RATE = 0.1
-"""Default learning rate of muon, times the root of the width. An update's root mean square is a fifth of the rate
-whatever the shape, so its largest singular value grows as the rate times the root of the width: this rule keeps that
-where it is, so that activations change as much at any width (Yang et al., arXiv:2310.17813)."""
+MUON_RATE = 1.13
+"""Default learning rate of muon, times the width. By the root of the width, which alone would keep the largest singular
+value of an update (Yang et al., arXiv:2310.17813), it comes out too high for wide models (docs/log.md)."""
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -62,8 +61,8 @@ class OptimizerSettings:
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW. auto: muon for new weights, adamw
     for weights that know something already, and under DeepSpeed."""
     lr: float | None = None
-    """Peak learning rate. Default: muon 0.1 / sqrt(width); adamw, in inverse proportion to the width, pre-training
-    1e-3 at 768, at most 4e-3; fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
+    """Peak learning rate. Default, in inverse proportion to the width: muon 1.5e-3 at 768; adamw, pre-training, 1e-3 at
+    768, at most 4e-3; fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
@@ -433,7 +432,7 @@ def _rate(settings: TrainSettings, config: ModelConfig, optimizer: str) -> float
     if settings.init is not None and settings.teacher is not None:
         return TUNING_RATE / config.width
     if optimizer == "muon":
-        return MUON_RATE / math.sqrt(config.width)
+        return MUON_RATE / config.width
     return min(4e-3, 1e-3 * 768 / config.width)
 
 

@@ -56,8 +56,8 @@ def spread(settings: Callable[[int], OptimizerSettings]) -> float:
 
 
 def test_activations_are_as_large_at_any_width() -> None:
-    assert spread(lambda width: resolve(TrainSettings(), shape(width)).optimizer) < 1.5
+    assert spread(lambda width: resolve(TrainSettings(), shape(width)).optimizer) < 2
 
 
 def test_they_are_not_at_one_rate_of_adamw() -> None:
-    assert spread(lambda width: OptimizerSettings(name="adamw", lr=4e-3)) > 2
+    assert spread(lambda width: OptimizerSettings(name="adamw", lr=4e-3)) > 4
