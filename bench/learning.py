@@ -36,7 +36,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
-from bench.train_step import Batch, machine  # noqa: E402
+from bench.peers import Batch  # noqa: E402
+from bench.train_step import machine  # noqa: E402
 from common.command import run_command  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.settings import Count, parse  # noqa: E402

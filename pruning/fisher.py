@@ -55,11 +55,11 @@ def information(blocks: Blocks, rows: Rows, seed: int, progress: Callable[[int],
 
 def _second_moment(blocks: Blocks, hidden: Hidden, slopes: Hidden) -> Tensor:
     """Σ g·gᵀ over tokens, g times the root mean square of its token's hidden state."""
-    total_DD = 0
+    width = hidden[0].shape[-1]
+    total_DD = torch.zeros(width, width, device=blocks.device)
     for states, slope in zip(hidden, slopes, strict=True):
         relative_MD = blocks.fetch(slope).flatten(0, 1) * token_weights(blocks.fetch(states)).rsqrt()
-        total_DD = total_DD + relative_MD.T @ relative_MD
-    assert isinstance(total_DD, Tensor)
+        total_DD.addmm_(relative_MD.T, relative_MD)
     return (total_DD / total_DD.diagonal().mean()).cpu()
 
 
