@@ -250,21 +250,19 @@ def test_settings_become_a_job() -> None:
 
 
 COMMAND = """
-import sys, time
+import sys
 from train.__main__ import main
 sys.argv = ["train.py", *sys.argv[1:]]
 main()
-print("torch" in sys.modules, "lightning" in sys.modules, time.process_time())
+print("torch" in sys.modules, "lightning" in sys.modules)
 """
 
 
-def test_it_prints_in_under_a_second_without_torch() -> None:
+def test_it_prints_without_torch() -> None:
     words = "--size 1b --plan --devices 8 --nodes 4 --gpu h100-80g --price 2.5 --explain".split()
     done = subprocess.run([sys.executable, "-c", COMMAND, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     *page, last = done.stdout.splitlines()
-    torch_there, lightning_there, seconds = last.split()
-    assert (torch_there, lightning_there) == ("False", "False")
-    assert float(seconds) < 1.0  # of processor time, which a busy machine does not stretch
+    assert last == "False False"
     titles = [line for line in page if line and not line.startswith(" ")]
     assert [title.partition(" in GB")[0] for title in titles] == [
         "Model",
