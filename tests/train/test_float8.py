@@ -39,7 +39,7 @@ def converted(config: ModelConfig) -> tuple[Transformer, int]:
 
 
 def test_products_of_the_blocks_round_to_eight_bits_and_no_others() -> None:
-    pytest.importorskip("torchao.float8")
+    pytest.importorskip("torchao.float8", reason="needs torchao: pip install '.[fp8]'")
     model, count = converted(CONFIG)
     plain = Transformer(CONFIG)
     assert count == 8
@@ -56,7 +56,7 @@ def test_products_of_the_blocks_round_to_eight_bits_and_no_others() -> None:
 
 
 def test_gradients_are_near_those_of_bf16() -> None:
-    pytest.importorskip("torchao.float8")
+    pytest.importorskip("torchao.float8", reason="needs torchao: pip install '.[fp8]'")
     model, _ = converted(CONFIG)
     ours, reference = gradients(model), gradients(Transformer(CONFIG))
     assert ours["loss"] != reference["loss"]
@@ -66,7 +66,7 @@ def test_gradients_are_near_those_of_bf16() -> None:
 
 
 def test_matrices_of_odd_shape_stay_as_they_are() -> None:
-    pytest.importorskip("torchao.float8")
+    pytest.importorskip("torchao.float8", reason="needs torchao: pip install '.[fp8]'")
     assert converted(replace(CONFIG, ffn=37))[1] == 4  # qkv and out of two blocks
     with pytest.raises(UserError, match="--fp8: no matrix of this shape has rows and columns that are multiples of 16"):
         converted(replace(CONFIG, width=36, ffn=37))
