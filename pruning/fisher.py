@@ -48,7 +48,8 @@ def information(blocks: Blocks, rows: Rows, seed: int, progress: Callable[[int],
     found = []
     for layer in reversed(range(blocks.layers)):
         found.append(_second_moment(blocks, after.pop(), slopes))
-        slopes = _before(blocks, blocks.block(layer), after[-1], slopes, some)
+        if layer:  # before the first block nothing is asked
+            slopes = _before(blocks, blocks.block(layer), after[-1], slopes, some)
         progress(2 * blocks.layers - layer)
     return found[::-1]
 
