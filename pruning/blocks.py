@@ -6,7 +6,7 @@ that end in a linear layer, because pruning wants what that layer reads: the fee
 Shapes: B rows, T tokens in a row, D model width, V vocabulary, H query heads, N head width, F feed-forward width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,10 @@ from data.packing import IGNORE, Batch
 from models.foreign import DROPOUT, visible
 from models.hf import WeightFiles, checked_shape
 from models.hf_config import taken_values
+from pruning.head import HEAD_TOKENS, Head
 
 CHUNK = 4096
 """Tokens that go through a block at one time."""
-
-HEAD_TOKENS, HEAD_ROWS = 512, 16_384
-"""Tokens and rows of the head whose logits exist at one time."""
 
 Hidden = list[Tensor]
 """Hidden states (B, T, D) of all rows between two blocks, in host memory, by chunks of rows."""
@@ -217,6 +215,15 @@ class Blocks:
         """A weight outside the blocks as it is stored; raises as :meth:`tensors`."""
         return self._read(name, torch.Size(self.ends()[name]))
 
+    @property
+    def _norm(self) -> str:
+        """What the architecture calls the norm after the last block."""
+        return "final_layernorm" if hasattr(self._skeleton.model, "final_layernorm") else "norm"
+
+    def last_norm(self) -> dict[str, Tensor]:
+        """The weights of the norm after the last block, by their names in the folder, as they are stored."""
+        return {name: self.end(name) for name in self.ends() if name.startswith(f"model.{self._norm}.")}
+
     def block(self, layer: int) -> Block:
         """A block as it is in the folder."""
         return Block(self.values, self.tensors(layer), self.device)
@@ -241,7 +248,7 @@ class Blocks:
 
     def nats(self, hidden: Hidden, rows: Rows) -> float:
         """The summed negative log-likelihood of all targets, from what comes out of the last block."""
-        head, total = self._head(), 0.0
+        head, total = self.head(), 0.0
         for chunk, targets in zip(hidden, rows.targets, strict=True):
             states_MD, targets_M = chunk.flatten(0, 1), targets.flatten()
             predicts = targets_M != IGNORE
@@ -261,7 +268,7 @@ class Blocks:
         Returns:
             The gradient with respect to ``hidden``.
         """
-        head, found = self._head(), []
+        head, found = self.head(), []
         for chunk, targets in zip(hidden, rows.targets, strict=True):
             slopes_MD = torch.zeros(targets.numel(), chunk.shape[-1])
             for part in (targets.flatten() != IGNORE).nonzero().squeeze(1).split(HEAD_TOKENS):
@@ -269,19 +276,21 @@ class Blocks:
             found.append(self.keep(slopes_MD.view(chunk.shape)))
         return found
 
-    def _head(self) -> "_Head":
-        """What stands after the last block."""
-        model, linear = _one_block(self.values).model, self._skeleton.lm_head
-        name = "final_layernorm" if hasattr(model, "final_layernorm") else "norm"
-        norm = getattr(model, name)
-        weights = {one: self._on_device(f"model.{name}.{one}") for one, _ in norm.named_parameters()}
+    def head(self, kept: list[int] | None = None) -> Head:
+        """What stands after the last block.
+
+        Args:
+            kept: the tokens that it predicts; None: all.
+        """
+        linear = self._skeleton.lm_head
+        norm = getattr(_one_block(self.values).model, self._norm)
+        weights = {name.rpartition(".")[2]: one.to(self.device).float() for name, one in self.last_norm().items()}
         norm.load_state_dict(weights, assign=True)
         weight_VD = self.end("model.embed_tokens.weight" if self._tied else "lm_head.weight")
         bias_V = torch.zeros(len(weight_VD)) if linear.bias is None else self.end("lm_head.bias").float()
-        return _Head(norm.requires_grad_(False), weight_VD, bias_V.to(self.device))
-
-    def _on_device(self, name: str) -> Tensor:
-        return self.end(name).to(self.device).float()
+        if kept is not None:
+            weight_VD, bias_V = weight_VD[kept], bias_V[kept]
+        return Head(norm.requires_grad_(False), weight_VD, bias_V.to(self.device))
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         tensor = checked_shape(self._files.read(name), name, shape, self.folder)
@@ -290,55 +299,6 @@ class Blocks:
                 f"the weights of {self.folder} are quantised ({name} is {tensor.dtype}); give unquantised ones"
             )
         return tensor
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The last norm and the head, whose weights stay in host memory and are in fp32 by some rows at a time."""
-
-    norm: nn.Module
-    weight: Tensor
-    """(V, D), as stored."""
-    bias: Tensor
-    """(V,) in fp32, on the device."""
-
-    def nll(self, states_MD: Tensor, targets_M: Tensor) -> float:
-        """The summed negative log-likelihood of targets."""
-        normed_MD = self.norm(states_MD)
-        total_M = torch.stack([logits.logsumexp(-1) for logits, _ in self._parts(normed_MD)]).logsumexp(0)
-        wanted_M = (normed_MD * self._rows(targets_M)).sum(-1) + self.bias[targets_M.to(self.bias.device)]
-        return float((total_M - wanted_M).double().sum())
-
-    def slope(self, states_MD: Tensor, generator: torch.Generator) -> Tensor:
-        """The gradient of the negative log-likelihood of drawn tokens with respect to the states (M, D)."""
-        with torch.enable_grad():
-            normed_MD = self.norm(states_MD.requires_grad_(True))
-        totals, highest, places = [], [], []
-        for logits, first in self._parts(normed_MD.detach()):
-            totals.append(logits.logsumexp(-1))
-            noise = torch.rand(logits.shape, generator=generator).clamp_min(1e-30).log().neg().log().neg()
-            best = (logits + noise.to(logits.device)).max(-1)  # the highest with Gumbel's noise is a draw
-            highest.append(best.values)
-            places.append(best.indices + first)
-        total_M1 = torch.stack(totals).logsumexp(0).unsqueeze(-1)
-        drawn_M = torch.stack(places).gather(0, torch.stack(highest).argmax(0, keepdim=True)).squeeze(0)
-        slope_MD = -self._rows(drawn_M.cpu())
-        for logits, first in self._parts(normed_MD.detach()):
-            weight = self.weight[first : first + logits.shape[-1]].to(logits.device).float()
-            slope_MD += (logits - total_M1).exp() @ weight
-        (found,) = torch.autograd.grad(normed_MD, states_MD, slope_MD)
-        return found
-
-    def _parts(self, normed_MD: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """The logits of some rows of the head after the other, with the number of the first."""
-        first = 0
-        for weight, bias in zip(self.weight.split(HEAD_ROWS), self.bias.split(HEAD_ROWS), strict=True):
-            yield F.linear(normed_MD, weight.to(normed_MD.device).float(), bias), first
-            first += len(weight)
-
-    def _rows(self, tokens_M: Tensor) -> Tensor:
-        """The rows of the head of some tokens (M, D)."""
-        return self.weight[tokens_M].to(self.bias.device).float()
 
 
 def _one_block(values: dict[str, Any]) -> Any:

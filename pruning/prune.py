@@ -52,6 +52,8 @@ class Report:
     """Of every layer of the parent; empty where no layer went."""
     error: float
     """Of the hidden states after the last block, see :attr:`pruning.sweep.Sweep.error`; 0 without repair."""
+    sharpness: float
+    """What the last norm was scaled by, see :func:`pruning.temperature.sharpness`; 1 without repair."""
     calibration: dict[str, Any] | None
     """Sources, tokens and seed; None where nothing was read."""
     seconds: float
@@ -106,17 +108,22 @@ class _Pruning:
         turned = self._influence(rows)
         dropped = least_influential(turned, self.now.layers - self.shape.layers) if turned else []
         stay = [layer for layer in range(self.now.layers) if layer not in dropped]
-        writer = ShardWriter(out)
+        writer, norms = ShardWriter(out), self.blocks.last_norm()
         for name in self.blocks.ends():
-            writer.add(name, self._end(name, kept))
-        error = self._blocks(writer, rows, stay)
+            if name not in norms:
+                writer.add(name, self._end(name, kept))
+        sweep = self._blocks(writer, rows, stay)
+        sharpness = sweep.sharpness(kept)
+        for name, tensor in norms.items():
+            writer.add(name, (tensor.float() * sharpness).to(tensor.dtype))
         writer.close()
         found = None if calibration is None else calibration.record()
         seconds = time.perf_counter() - start
-        report = Report(self.now, self.shape, tuple(stay), tuple(turned), error, found, seconds)
+        report = Report(self.now, self.shape, tuple(stay), tuple(turned), sweep.error, sharpness, found, seconds)
         write_configuration(self.blocks, self.shape, kept, out)
         write_records(self.blocks.folder, self.settings, report, out)
-        self.console.say(f"cut in {duration(seconds)}")
+        scaled = "" if sharpness == 1 else f", last norm scaled by {sharpness:.3f}"
+        self.console.say(f"cut in {duration(seconds)}{scaled}")
         return report
 
     def _end(self, name: str, kept: list[int] | None) -> Tensor:
@@ -187,8 +194,8 @@ class _Pruning:
         with self._progress("layers felt", 2 * self.now.layers) as progress:
             return information(self.blocks, rows, self.settings.seed, progress)
 
-    def _blocks(self, writer: ShardWriter, rows: Rows | None, stay: list[int]) -> float:
-        """Cut and write every block; returns the error of the hidden states after the last."""
+    def _blocks(self, writer: ShardWriter, rows: Rows | None, stay: list[int]) -> Sweep:
+        """Cut and write every block."""
         weighed, felt = self._weighed(rows), self._felt(rows)
         repair = self.settings.repair and rows is not None
         sweep = Sweep(self.blocks, rows, self.shape, weighed=weighed, felt=felt, repair=repair)
@@ -200,7 +207,7 @@ class _Pruning:
                 else:
                     sweep.drop(layer)
                 progress(layer + 1)
-        return sweep.error
+        return sweep
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

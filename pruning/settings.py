@@ -70,7 +70,7 @@ class CutSettings:
     for what the prediction makes of it), l1 (the competition's baseline), taylor (needs the whole model and its
     gradients in memory), random (a control)."""
     repair: bool = True
-    """Fit the matrices that read the units to what was cut, by least squares."""
+    """Fit the matrices that read the units to what was cut, by least squares, and the temperature of the prediction."""
     calibration: Mix = option(Mix.parse("c4"))
     """Text to calibrate on: c4, a folder in C4's layout, sample, or a mix with weights. Other than C4: not track 1."""
     tokens: Count | None = None

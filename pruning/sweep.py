@@ -18,6 +18,7 @@ from pruning.importance import Scores, best, by_energy
 from pruning.repair import refit, with_bias
 from pruning.shapes import Shape, head_width, resized
 from pruning.statistics import Energies, Influence, Moments, token_weights
+from pruning.temperature import sharpness
 
 INFLUENCE_TOKENS = 32_768
 """Calibration tokens that the layers' influence is measured on: it is a mean of one number, and soon steady."""
@@ -92,6 +93,14 @@ class Sweep:
         self._same = False
         if self._rows is not None:
             self._blocks.through(self._blocks.block(layer), self._dense, self._rows)
+
+    def sharpness(self, kept: list[int] | None) -> float:
+        """What the last norm is to be scaled by once all blocks are through, see :func:`pruning.temperature.sharpness`.
+
+        Args:
+            kept: the tokens that the pruned model has; None: all.
+        """
+        return sharpness(self._blocks, self._dense, self._pruned, kept) if self._pruned and not self._same else 1.0
 
     def _narrowed(self, layer: int, tensors: dict[str, Tensor], seen: _Seen | None) -> dict[str, Tensor]:
         """The weights of a block with the units of highest scores alone."""

@@ -114,6 +114,7 @@ def test_a_model_is_cut_by_a_shape(
     assert "feed-forward width" in out
     assert "calibrated on 2,048 tokens, seed 0: " in out
     assert "outside track 1's rules); cut in " in out
+    assert f"last norm scaled by {report['sharpness']:.3f}" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == after["parameters"]
 

@@ -14,7 +14,7 @@ from common.settings import Count
 from data.settings import Mix
 from data.tokenizer import Tokenizer
 from pruning import shards
-from pruning.blocks import parts_of
+from pruning.blocks import Blocks, parts_of
 from pruning.calibration import read_test
 from pruning.perplexity import measure
 from pruning.prune import Report, prune
@@ -122,6 +122,21 @@ def test_a_cut_is_the_whole_model_with_units_silenced(
         tokens = torch.arange(3, 40)[None]
         expected = model(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(logits(out, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_the_last_norm_is_scaled_and_that_recorded(kind: str, folder: Folder, corpus: Path, tmp_path: Path) -> None:
+    whole, out = folder(kind), tmp_path / "out"
+    shape = Shape(**(vars(Shape.of(values_of(whole))) | {"ffn": 8}))
+    before = Blocks(whole, CPU).last_norm()
+    for repair in (True, False):
+        report = prune(whole, out, shape, settings(corpus, repair=repair), CPU)
+        assert (report.sharpness != 1) == repair
+        assert json.loads((out / "pruning.json").read_text())["sharpness"] == report.sharpness
+        after = Blocks(out, CPU).last_norm()
+        assert len(after) == (2 if kind == "phi" else 1)
+        for name, tensor in after.items():
+            torch.testing.assert_close(tensor, before[name] * report.sharpness)
 
 
 @pytest.mark.parametrize("kind", KINDS)
