@@ -5,18 +5,22 @@ Liu et al., arXiv:2502.16982: its root mean square is that of AdamW, so both sha
 
 Orthogonalising costs many matrix products a step. Each rank does it for its share of the matrices, and the
 results are exchanged, so that the cost falls with the number of ranks: under DDP every rank has whole
-gradients and sends its results to all; under FSDP2 the ranks first bring the shards of each matrix together
-on its owner, and then send the parts of the results back.
+gradients and sends its results to the others of its node; under FSDP2 the ranks first bring the shards of each
+matrix together on its owner, and then send the parts of the results back. Nodes do the same work beside each
+other under DDP and HSDP: what they would send each other takes longer, and the same devices come to the same
+bits from the same gradients.
 
-Shapes: n matrices of a rows and b columns; W ranks.
+Shapes: n matrices of a rows and b columns; W ranks that share the work.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -63,6 +67,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rows": ()}
         super().__init__(groups, defaults)
         self._dtype = dtype
+        self._sharers = _sharers(named[0][1])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -100,12 +105,11 @@ class Muon(torch.optim.Optimizer):
             return scaled_orthogonal(whole, group["rows"])
 
         directions = [direction.to(self._dtype) for direction in directions]
+        if self._sharers is None:
+            return list(work(torch.stack(directions)))
         if isinstance(first, DTensor):
-            mesh_group = first.device_mesh.get_group(first.device_mesh.ndim - 1)
-            return _by_owners_of_shards(directions, first.shape[0], mesh_group, work)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return _by_owners(directions, work)
-        return list(work(torch.stack(directions)))
+            return _by_owners_of_shards(directions, first.shape[0], self._sharers, work)
+        return _by_owners(directions, self._sharers, work)
 
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -117,16 +121,29 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _by_owners(matrices: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _sharers(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that share the work: those that a parameter is cut up among, or those of a node; None alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    if isinstance(parameter, DTensor):
+        return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+    world = dist.get_world_size()
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if near in (1, world):
+        return dist.group.WORLD
+    return init_device_mesh(parameter.device.type, (world // near, near)).get_group(1)
+
+
+def _by_owners(matrices: list[Tensor], group: Any, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """``work`` on matrices that every rank has: rank r does numbers r, r + W, …, and all get all results."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     mine = matrices[rank::world]
     share = -(-len(matrices) // world)
     results = matrices[0].new_zeros((share, *matrices[0].shape))
     if mine:
         results[: len(mine)] = work(torch.stack(mine))
     everyones = matrices[0].new_empty((world * share, *matrices[0].shape))
-    _all_gather(everyones, results)
+    _all_gather(everyones, results, group=group)
     return [everyones[(number % world) * share + number // world] for number in range(len(matrices))]
 
 

@@ -170,21 +170,28 @@ def exchange(job: Workload, strategy: str) -> Exchange:
 def muon_messages(job: Workload, strategy: str) -> tuple[Message, ...]:
     """What Muon's ranks send each other in a step, for every shape of matrices: nothing under AdamW.
 
-    Under ddp each gathers all updates, b a weight of its share rounded up to whole matrices; under fsdp and hsdp it
-    sends its shards to the matrices' owners and gets its rows of the updates back.
+    Under ddp each gathers all updates from those that share the work, b a weight of a share rounded up to whole
+    matrices; under fsdp and hsdp it sends its shards to the matrices' owners and gets its rows of the updates back.
     """
     if job.optimizer != "muon":
         return ()
     hidden = [s for name, s in budget.parameter_shapes(job.config).items() if name.startswith("blocks.") and len(s) > 1]
     messages = []
     for shape, count in Counter(hidden).items():
-        matrix, world = job.value_bytes * math.prod(shape), job.machine.world
+        matrix, sharers = job.value_bytes * math.prod(shape), muon_sharers(job, strategy)
+        over: Literal["all", "node"] = "node" if sharers < job.machine.world else "all"
         if strategy == "ddp":
-            messages.append(Message("all_gather", world * -(-count // world) * matrix))
+            messages.append(Message("all_gather", sharers * -(-count // sharers) * matrix, over))
         else:
-            over: Literal["all", "node"] = "node" if strategy == "hsdp" else "all"
-            messages += [Message("all_to_all", count * matrix // shards_of(job, strategy), over)] * 2
+            messages += [Message("all_to_all", count * matrix // sharers, over)] * 2
     return tuple(messages)
+
+
+def muon_sharers(job: Workload, strategy: str) -> int:
+    """The ranks that share Muon's work: under ddp those of a node, or all where each is one of its own."""
+    if strategy != "ddp":
+        return shards_of(job, strategy)
+    return job.machine.devices if job.machine.devices > 1 else job.machine.world
 
 
 def _bucketed(operation: Operation, size: int, first: int, bucket: int) -> tuple[Unit, ...]:
@@ -314,7 +321,7 @@ def predict(
     last = elapsed(sent.forward, forward, network) + elapsed(sent.last_backward, backward, network)
     passes = (share // micro_rows - 1) * one + last
     end = sum(network.seconds(message) for message in sent.at_end)
-    shared = world if strategy == "ddp" and job.optimizer == "muon" else shards_of(job, strategy)
+    shared = muon_sharers(job, strategy) if job.optimizer == "muon" else shards_of(job, strategy)
     alone = share // micro_rows * compute.passes + compute.update / shared
     step = passes + end + compute.update / shared
     size = checkpoint_bytes(job.config, job.optimizer)

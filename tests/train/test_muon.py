@@ -1,5 +1,6 @@
 """Muon: what it makes of a gradient, on one process and shared among several."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,9 @@ def test_weights_move_along_nesterovs_momentum_and_decay() -> None:
     assert torch.allclose(after[0], weight, atol=1e-5)
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
+def _rank(rank: int, world: int, near: int, folder: str) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(near)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     gradients = [values(1), values(2)]
     whole = steps([nn.Parameter(value) for value in values(0)], gradients)
@@ -86,15 +88,16 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
     parts = steps([nn.Parameter(cut(value)) for value in values(0)], [[cut(g) for g in step] for step in gradients])
     sharded = [part.full_tensor() for part in parts]
-    if rank == 0:
-        torch.save({"whole": whole, "sharded": sharded}, f"{folder}/after.pt")
+    torch.save({"whole": whole, "sharded": sharded}, f"{folder}/after-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_work_and_agree_with_one(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "near"), [(2, 2), (3, 3), (4, 2)], ids=["2", "3", "2-nodes-of-2"])
+def test_ranks_share_the_work_and_agree_with_one(world: int, near: int, tmp_path: Path) -> None:
     alone = steps([nn.Parameter(value) for value in values(0)], [values(1), values(2)])
-    mp.spawn(_rank, args=(world, str(tmp_path)), nprocs=world)
-    after = torch.load(tmp_path / "after.pt")
+    mp.spawn(_rank, args=(world, near, str(tmp_path)), nprocs=world)
+    found = [torch.load(tmp_path / f"after-{rank}.pt") for rank in range(world)]
     for name in ("whole", "sharded"):
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(after[name], alone, strict=True)), name
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][name], alone, strict=True)), name
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0][name], other[name], strict=True)), name
