@@ -73,18 +73,29 @@ class Rows:
     inputs: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     positions: tuple[Tensor, ...]
+    fitted: int
+    """Chunks that weights are fitted to; those after them tell how well that holds for other text."""
 
     @classmethod
-    def of(cls, batch: Batch, names: list[int] | None = None) -> "Rows":
-        """Cut a batch into chunks; where there are ``names``, its ids are places in them."""
+    def of(cls, batch: Batch, names: list[int] | None = None, apart: int = 0) -> "Rows":
+        """Cut a batch into chunks.
+
+        Args:
+            batch: the rows.
+            names: what its ids are places in, where they are.
+            apart: rows at the end that nothing is fitted to.
+        """
         inputs, targets, positions = (
             torch.from_numpy(part.copy()) for part in (batch.inputs, batch.targets, batch.positions)
         )
         if names is not None:
             lookup = torch.tensor(names)
             inputs, targets = lookup[inputs], torch.where(targets == IGNORE, IGNORE, lookup[targets.clamp_min(0)])
-        rows = max(1, CHUNK // inputs.shape[1])
-        return cls(inputs.split(rows), targets.split(rows), positions.split(rows))
+        rows, fitted = max(1, CHUNK // inputs.shape[1]), len(inputs) - apart
+        sizes = [min(rows, fitted - start) for start in range(0, fitted, rows)]
+        chunks = len(sizes)
+        sizes += [min(rows, apart - start) for start in range(0, apart, rows)]
+        return cls(inputs.split(sizes), targets.split(sizes), positions.split(sizes), chunks)
 
     @property
     def count(self) -> int:
@@ -94,7 +105,7 @@ class Rows:
     def first(self, tokens: int) -> "Rows":
         """The first chunks, that have so many tokens or all."""
         chunks = max(1, -(-tokens // self.inputs[0].numel()))
-        return Rows(self.inputs[:chunks], self.targets[:chunks], self.positions[:chunks])
+        return Rows(self.inputs[:chunks], self.targets[:chunks], self.positions[:chunks], min(chunks, self.fitted))
 
     @property
     def predicted(self) -> int:

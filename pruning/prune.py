@@ -20,9 +20,10 @@ from common.errors import UserError
 from common.files import new_folder, require_space, write_json
 from common.run_folder import command, git_commit
 from common.settings import to_dict
+from data.packing import Batch
 from data.sources import is_c4
 from data.tokenizer import Tokenizer
-from pruning import taylor
+from pruning import taylor, temperature
 from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
 from pruning.cut import cut_rows
@@ -35,6 +36,9 @@ from pruning.shards import ShardWriter
 from pruning.sweep import Sweep, Weighed, influence
 from pruning.vocabulary import cut_vocabulary, renumbered
 from train.records import data_seen, own_data, stored_generation
+
+APART = 8
+"""At most one row in so many of the calibration text is left to the temperature."""
 
 VOCABULARY_ENDS = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 """Weights outside the blocks that have a row for each token."""
@@ -104,7 +108,7 @@ class _Pruning:
         start = time.perf_counter()
         kept = self._vocabulary(out, chinese_tokens)
         calibration = self._calibration()
-        rows = None if calibration is None else Rows.of(calibration.batch(Tokenizer(out)), kept)
+        rows = None if calibration is None else _rows(calibration.batch(Tokenizer(out)), kept)
         turned = self._influence(rows)
         dropped = least_influential(turned, self.now.layers - self.shape.layers) if turned else []
         stay = [layer for layer in range(self.now.layers) if layer not in dropped]
@@ -217,6 +221,12 @@ class _Pruning:
             yield lambda done: self.console.progress(done, total, {what: f"{done}/{total}"})
         finally:
             self.console.stop()
+
+
+def _rows(batch: Batch, kept: list[int] | None) -> Rows:
+    """The calibration text, some of it apart for the temperature, which weights fitted to a text hide from it."""
+    rows, length = batch.inputs.shape
+    return Rows.of(batch, kept, apart=min(max(1, temperature.TOKENS // length), rows // APART))
 
 
 def write_configuration(blocks: Blocks, shape: Shape, kept: list[int] | None, out: Path) -> None:

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens in a row, D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor, nn
 
@@ -100,7 +101,11 @@ class Sweep:
         Args:
             kept: the tokens that the pruned model has; None: all.
         """
-        return sharpness(self._blocks, self._dense, self._pruned, kept) if self._pruned and not self._same else 1.0
+        if self._same or not self._pruned:
+            return 1.0
+        assert self._rows is not None
+        apart = slice(self._rows.fitted % len(self._dense), None)  # all, where none stands apart
+        return sharpness(self._blocks, self._dense[apart], self._pruned[apart], kept)
 
     def _narrowed(self, layer: int, tensors: dict[str, Tensor], seen: _Seen | None) -> dict[str, Tensor]:
         """The weights of a block with the units of highest scores alone."""
@@ -168,9 +173,10 @@ class Sweep:
         Returns:
             The pruned stream after it.
         """
+        assert self._rows is not None
         fetch, width = self._blocks.fetch, linear.in_features + (linear.bias is not None)
         moments = Moments(width, linear.out_features, self._blocks.device)
-        for states in zip(units, before, aims, strict=True):
+        for states in islice(zip(units, before, aims, strict=True), self._rows.fitted):
             read, hidden, aim = map(fetch, states)
             moments.add(with_bias(read.flatten(0, 1), linear), (aim - hidden).flatten(0, 1), token_weights(aim))
         refit(linear, moments)

@@ -3,8 +3,8 @@
 What the cut has spoilt of the last hidden state, the head takes for evidence, and the prediction comes out sharper than
 it has a right to be. One factor on what the head reads makes good for it: temperature scaling (Guo et al.,
 arXiv:1706.04599), here towards the prediction of the whole model in place of labels, so that nothing of the text is
-learned. It goes into the weights of the last norm; which token is the likeliest stays the same (but for a head with
-biases).
+learned. The hidden states should be of text that nothing was fitted to, for on other text the model is never as good.
+It goes into the weights of the last norm; which token is the likeliest stays the same (but for a head with biases).
 
 Shapes: M tokens, D model width.
 """
@@ -16,7 +16,7 @@ from pruning.blocks import Blocks, Hidden
 from pruning.head import HEAD_TOKENS, Head
 
 TOKENS = 2_048
-"""Of the calibration text, evenly spread: the divergence is flat where it is least, and one number soon found."""
+"""Of the calibration text: the divergence is flat where it is least, and one number soon found."""
 
 ENOUGH = 1e-3
 """Where Newton's steps end; the next would be a thousandth of that."""
@@ -51,7 +51,7 @@ def sharpness(blocks: Blocks, dense: Hidden, pruned: Hidden, kept: list[int] | N
 
 
 def _spread(hidden: Hidden) -> Tensor:
-    """Some tokens of all rows (M, D)."""
+    """Tokens of all rows, evenly spread (M, D)."""
     stride = max(1, sum(chunk[..., 0].numel() for chunk in hidden) // TOKENS)
     return torch.cat([chunk.flatten(0, 1)[::stride] for chunk in hidden])
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from data.packing import IGNORE, make_batch, pack
 from models.foreign import visible
+from pruning import blocks
 from pruning.blocks import Blocks, Rows
 from tests.models.test_foreign import write_folder
 
@@ -34,11 +35,11 @@ def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     rows = some_rows()
     with torch.inference_mode():
-        blocks = Blocks(tmp_path, CPU)
-        hidden = blocks.embed(rows)
-        for layer in range(blocks.layers):
-            blocks.through(blocks.block(layer), hidden, rows)
-        found = blocks.nats(hidden, rows)
+        whole = Blocks(tmp_path, CPU)
+        hidden = whole.embed(rows)
+        for layer in range(whole.layers):
+            whole.through(whole.block(layer), hidden, rows)
+        found = whole.nats(hidden, rows)
         expected = 0.0
         for tokens, targets, positions in zip(rows.inputs, rows.targets, rows.positions, strict=True):
             mask = visible(positions, torch.float32)
@@ -47,6 +48,18 @@ def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
             ).item()
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_that_stand_apart_have_chunks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "CHUNK", 4 * 24)
+    batch = make_batch(np.arange(13 * 25).reshape(13, 25), 2)
+    rows = Rows.of(batch, apart=5)
+    assert [len(chunk) for chunk in rows.inputs] == [4, 4, 4, 1]
+    assert rows.fitted == 2
+    assert torch.equal(torch.cat(rows.targets), torch.from_numpy(batch.targets))
+    assert rows.first(3 * 4 * 24).fitted == 2
+    assert [len(chunk) for chunk in Rows.of(batch).inputs] == [4, 4, 4, 1]
+    assert Rows.of(batch).fitted == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """The Fisher information of hidden states against autograd through transformers' whole model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def exact_information(folder: Path, rows: Rows, layer: int) -> torch.Tensor:
 def test_draws_come_near_the_exact_information(kind: str, tmp_path: Path) -> None:
     write_folder(kind, tmp_path)
     few = some_rows(rows=1, length=12)
-    many = Rows(few.inputs * 600, few.targets * 600, few.positions * 600)  # the same text, drawn for again and again
+    # The same text, drawn for again and again.
+    many = Rows(few.inputs * 600, few.targets * 600, few.positions * 600, fitted=600)
     found = information(Blocks(tmp_path, CPU), many, 0, lambda done: None)
     assert len(found) == 2
     expected = exact_information(tmp_path, few, 0)
@@ -53,7 +55,7 @@ def test_text_without_targets_is_not_felt(tmp_path: Path) -> None:
     silent = [targets.clone() for targets in rows.targets]
     silent[0][1] = IGNORE
     with torch.no_grad():
-        slopes = blocks.slopes(blocks.embed(rows), Rows(rows.inputs, tuple(silent), rows.positions), torch.Generator())
+        slopes = blocks.slopes(blocks.embed(rows), replace(rows, targets=tuple(silent)), torch.Generator())
     assert not slopes[0][1].any()
     assert slopes[0][0].any()
 

@@ -1,14 +1,20 @@
 """The factor of the last norm, held to what autograd says of transformers' logits."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from data.packing import make_batch
 from pruning import head
-from pruning.blocks import Blocks
+from pruning.blocks import Blocks, Rows
+from pruning.importance import by_chance
+from pruning.shapes import Shape
+from pruning.sweep import Sweep
 from pruning.temperature import sharpness
 from tests.models.test_foreign import write_folder
 from tests.pruning.test_blocks import CPU, KINDS
@@ -57,6 +63,26 @@ def test_no_other_factor_comes_nearer(
         divergence(tmp_path, found, one := torch.tensor(1.0, requires_grad=True), kept), one
     )
     assert abs(slope) < 1e-3 * abs(at_one)
+
+
+def swept(folder: Path, rows: Rows) -> tuple[list[Tensor], float]:
+    """The weights of all blocks, half of whose feed-forward units went by chance, and the factor."""
+    blocks, generator = Blocks(folder, CPU), torch.Generator().manual_seed(0)
+    now = Shape.of(blocks.values)
+    sweep = Sweep(blocks, rows, replace(now, ffn=24), weighed=lambda *_: by_chance(now, generator), repair=True)
+    with torch.no_grad():
+        weights = [tensor for layer in range(blocks.layers) for tensor in sweep.cut(layer).values()]
+        return weights, sweep.sharpness(None)
+
+
+def test_text_that_stands_apart_decides_the_factor_and_no_weights(tmp_path: Path) -> None:
+    write_folder("llama", tmp_path)
+    ids = np.random.default_rng(0).integers(3, 61, (10, 25))
+    weights, factor = swept(tmp_path, Rows.of(make_batch(ids, 2), apart=3))
+    ids[7:] = ids[:3]
+    same, other = swept(tmp_path, Rows.of(make_batch(ids, 2), apart=3))
+    assert all(map(torch.equal, weights, same))
+    assert factor != other
 
 
 def test_a_model_that_lost_nothing_stays_as_sure(tmp_path: Path) -> None:
