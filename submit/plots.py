@@ -275,12 +275,10 @@ class _Scale:
 
 
 def _limits(lines: Sequence[Sequence[tuple[float, float | None, float, float]]], settled: float) -> tuple[float, float]:
-    """Lowest and highest value, the highest of many points among those from ``settled`` on."""
-    points = [point for line in lines for point in line if point[1] is not None]
-    late = [point for point in points if point[0] >= settled]
-    low = min(point[2] for point in points)
-    high = max(point[3] for point in (late if len(points) >= MANY else points))
-    return low, high
+    """Lowest and highest value, of a line with many points the highest among those from ``settled`` on."""
+    there = [[point for point in line if point[1] is not None] for line in lines]
+    late = [[point for point in line if len(line) < MANY or point[0] >= settled] or line for line in there]
+    return min(point[2] for line in there for point in line), max(point[3] for line in late for point in line)
 
 
 def _svg(title: str, height: float, body: Sequence[str]) -> str:

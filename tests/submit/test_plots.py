@@ -8,6 +8,7 @@ import pytest
 
 from submit.plots import (
     BUCKETS,
+    HEIGHT,
     Bar,
     Dot,
     Mark,
@@ -83,6 +84,15 @@ def test_the_steep_start_of_many_points_leaves_the_plot() -> None:
     assert "10" not in labels
     labels = [one.text for one in drawn(line_plot("loss", [Series("loss", points)])).iter(f"{SVG}text")]
     assert "10" in labels
+
+
+def test_a_few_points_stay_in_the_plot_beside_many() -> None:
+    many = [(float(x), 20.0 if x == 0 else 2 + 1 / (x + 1)) for x in range(200)]
+    few = Series("validation", [(0.0, 10.0), (199.0, 3.0)], 2, dots=True)
+    picture = drawn(line_plot("loss", [Series("loss", many), few], falls=True))
+    heights = [float(dot.get("cy", "nan")) for dot in picture.iter(f"{SVG}circle")]
+    assert len(heights) == 2
+    assert all(0 <= height <= HEIGHT for height in heights)
 
 
 def test_scores_bars_and_dots_say_their_figures() -> None:
