@@ -5,6 +5,7 @@ Weights have the names and layout of MLC-LLM's files (queries, keys and values i
 Letters: T tokens, V vocabulary, D model width, H query heads, K key/value heads, N head width, F feed-forward width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,19 +166,19 @@ class Decoder(nn.Module):
         return x
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """What a library holds: the functions of export/library.py."""
 
     def __init__(self, shape: Shape, operations: Operations) -> None:
         self._shape, self._do = shape, operations
 
+    @abstractmethod
     def hidden(self, ids: nn.Tensor, cache: PagedKVCache) -> nn.Tensor:
         """ids (1, T) to (T, D), before the last norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, x: nn.Tensor) -> nn.Tensor:
         """(T, D) to logits (T, V)."""
-        raise NotImplementedError
 
     def prefill(self, ids: nn.Tensor, cache: PagedKVCache) -> nn.Tensor:
         """ids (1, T) to the logits after the last (1, V)."""

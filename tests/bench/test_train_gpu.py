@@ -5,7 +5,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,14 +35,6 @@ CONFIG = ModelConfig(2, 32, 4, 2, 8, 48, 64, 32, tied=True, qk_norm=False)
 SCRIPT = "bench/train_gpu.py"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Models this small only lose by more, most of all beside other tests."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def setting(rows: int = 2, optimizer: str = "adamw", precision: str = "fp32", may_halve: bool = False) -> Setting:

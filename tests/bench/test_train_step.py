@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from models.transformer import Transformer
 from train.muon import Muon
 
 CONFIG = ModelConfig(2, 32, 4, 2, 8, 48, 64, 32, tied=True, qk_norm=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("packed", [False, True])
