@@ -209,7 +209,7 @@ def _run(settings: TrainSettings, config: ModelConfig) -> Section:
 def _why_optimizer(settings: TrainSettings) -> str:
     """Where the optimiser's name and rate come from."""
     if settings.optimizer.name == "muon":
-        return "as given, else muon for new weights (fewer tokens to the same loss, docs/log.md), at 1.13 / D"
+        return "as given, else muon for new weights (fewer tokens to the same loss, docs/log.md), at 0.2 / D^⅔"
     if settings.init is not None:
         return "as given, else adamw for weights that know something already, at a rate in proportion to 1 / D"
     return "as given, else adamw under DeepSpeed, which cuts the matrices that muon needs; at 0.768 / D, at most 4e-3"

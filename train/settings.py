@@ -34,9 +34,10 @@ RECOVERY_STEPS = 128
 TUNING_RATE = 2e-5 * 4096
 """Default learning rate, times the width, for weights that know something already: Alpaca's for LLaMA-7B."""
 
-MUON_RATE = 1.13
-"""Default learning rate of muon, times the width. By the root of the width, which alone would keep the largest singular
-value of an update (Yang et al., arXiv:2310.17813), it comes out too high for wide models (docs/log.md)."""
+MUON_RATE = 0.2
+"""Default learning rate of muon, times the width to the power of 2/3, which the best rates at widths 128, 256 and 512
+follow (docs/log.md). By the root of the width, which alone would keep the largest singular value of an update (Yang et
+al., arXiv:2310.17813), it comes out too high for wide models, in inverse proportion too low."""
 
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
@@ -61,8 +62,9 @@ class OptimizerSettings:
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW. auto: muon for new weights, adamw
     for weights that know something already, and under DeepSpeed."""
     lr: float | None = None
-    """Peak learning rate. Default, in inverse proportion to the width: muon 1.5e-3 at 768; adamw, pre-training, 1e-3 at
-    768, at most 4e-3; fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
+    """Peak learning rate. Default: muon 2.4e-3 at width 768, by the width to the power of -2/3; the others in inverse
+    proportion to the width: adamw, pre-training, 1e-3 at 768, at most 4e-3; fine-tuning, and --init with --teacher,
+    2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
@@ -432,7 +434,7 @@ def _rate(settings: TrainSettings, config: ModelConfig, optimizer: str) -> float
     if settings.init is not None and settings.teacher is not None:
         return TUNING_RATE / config.width
     if optimizer == "muon":
-        return MUON_RATE / config.width
+        return MUON_RATE / config.width ** (2 / 3)
     return min(4e-3, 1e-3 * 768 / config.width)
 
 

@@ -20,7 +20,7 @@ def test_defaults_follow_from_the_size() -> None:
     assert settings.batch_tokens == 2**19
     assert settings.schedule.decay == settings.tokens // 5
     assert settings.optimizer.name == "muon"
-    assert settings.optimizer.lr == pytest.approx(1.13 / 576)
+    assert settings.optimizer.lr == pytest.approx(0.2 / 576 ** (2 / 3))
     assert None not in (settings.run, settings.model.vocab, settings.checkpoint.every, settings.eval.every)
 
 
