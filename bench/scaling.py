@@ -29,6 +29,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast, get_args
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before OpenMP is there: processes that share cores, each of one thread
+
 import numpy as np
 import torch
 import torch.distributed as dist
