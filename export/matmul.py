@@ -9,12 +9,23 @@ from typing import Any
 from tvm.tirx import PrimFunc, Shuffle
 from tvm.tirx.script import builder as T
 
-from export.kernels import LANES, argument, at, cast, constant, fill, kernel, registers, scratch, spans, store, summed
+from export.kernels import (
+    LANES,
+    argument,
+    at,
+    cast,
+    constant,
+    fill,
+    kernel,
+    registers,
+    scratch,
+    spans,
+    store,
+    summed,
+    tree,
+)
 
-ROWS = 4
-"""Rows of the matrix that :func:`matvec` takes through the input together."""
-
-UNROLL = 2
+UNROLL = 4
 """Sums of a row that do not wait for each other: an FMA takes 4 cycles, and two begin in each."""
 
 TILE_TOKENS, TILE_COLUMNS = 6, 2 * LANES
@@ -24,9 +35,11 @@ TILE_TOKENS, TILE_COLUMNS = 6, 2 * LANES
 def matvec(out_width: int, width: int, dtype: str, *, bias: bool, residual: bool, fmlal: bool) -> PrimFunc:
     """x (1, D) times weight (F, D), plus bias (F), plus residual (1, F): the matrix is read once, in order.
 
+    One row after the other: several at a time would load the input less often, but to what fetches memory ahead they
+    are so many short streams, and narrow models decode half as fast.
+
     With ``fmlal`` the input is rounded to fp16 and multiplied by ARM's FMLAL, which sums products of fp16 in fp32.
     """
-    rows = min(ROWS, out_width)
 
     def body() -> None:
         x = argument("x", (1, width))
@@ -34,41 +47,28 @@ def matvec(out_width: int, width: int, dtype: str, *, bias: bool, residual: bool
         added = _added(out_width, 1, dtype, bias=bias, residual=residual)
         out = argument("out", (1, out_width))
         halves = _halves(x, width) if fmlal else None
-        with T.parallel(-(-out_width // rows)) as block:
-            sums, total = registers(rows * UNROLL * LANES, "sums"), registers(rows, "total")
-            for row in range(rows):
-                store(total, T.float32(0), row)
+        with T.parallel(out_width) as row:
+            sums, total = registers(UNROLL * LANES, "sums"), registers(1, "total")
+            store(total, T.float32(0), 0)
 
-            def step(start: Any, lanes: int, unroll: int) -> None:
-                for part in range(unroll):
-                    here = at(start + part * lanes, lanes)
-                    for row in range(rows):
-                        # The last block may reach over the end: it takes the last row again.
-                        values = weight[T.min(block * rows + row, out_width - 1), here]
-                        first = (row * UNROLL + part) * LANES
-                        if halves is not None and lanes == 8:
-                            _fmlal(sums, first, halves[here], values)
-                        else:
-                            value = sums[at(first, lanes)] + x[0, here] * cast(values, lanes)
-                            store(sums, value, at(first, lanes))
+            def step(start: Any, lanes: int, part: int) -> None:
+                here, sum_of_part = at(start, lanes), at(part * LANES, lanes)
+                if halves is not None and lanes == 8:
+                    _fmlal(sums, part * LANES, halves[here], weight[row, here])
+                else:
+                    store(sums, sums[sum_of_part] + x[0, here] * cast(weight[row, here], lanes), sum_of_part)
 
             for start, vectors, lanes in spans(width):
-                unroll = UNROLL if vectors % UNROLL == 0 else 1
-                for row in range(rows):
-                    for part in range(unroll):
-                        first = (row * UNROLL + part) * LANES
-                        store(sums, constant(0, lanes), at(first, lanes))
+                unroll = next(parts for parts in (UNROLL, 2, 1) if vectors % parts == 0)
+                for part in range(unroll):
+                    store(sums, constant(0, lanes), at(part * LANES, lanes))
                 with T.serial(vectors // unroll) as vector:
-                    step(start + vector * (lanes * unroll), lanes, unroll)
-                for row in range(rows):
-                    first = row * UNROLL * LANES
-                    for part in range(1, unroll):
-                        more = sums[at(first + part * LANES, lanes)]
-                        store(sums, sums[at(first, lanes)] + more, at(first, lanes))
-                    store(total, total[row] + summed(sums, first, lanes), row)
-            for row in range(rows):
-                column = T.min(block * rows + row, out_width - 1)
-                store(out, total[row] + added(0, column, 1), 0, column)
+                    for part in range(unroll):
+                        step(start + (vector * unroll + part) * lanes, lanes, part)
+                found = tree([sums[at(part * LANES, lanes)] for part in range(unroll)])
+                store(sums, found, at(0, lanes))
+                store(total, total[0] + summed(sums, 0, lanes), 0)
+            store(out, total[0] + added(0, row, 1), 0, row)
 
     return kernel("matvec", body)
 
