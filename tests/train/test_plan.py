@@ -216,7 +216,7 @@ def test_the_figures_of_the_1b() -> None:
     assert plan["Time and cost/MFU"] == "40% of 989 TFLOP/s dense bf16, ASSUMED, not measured"
     assert plan["Time and cost/GPU-hours"] == "113.9"
     assert plan["Time and cost/cost"] == "$284.79 at $2.5 a GPU-hour"
-    assert plan["Training run/optimiser"] == "muon, rate 0.000883"
+    assert plan["Training run/optimiser"] == "muon, rate 0.0017"  # 0.2 / 1,280^(2/3)
     # 4·1,048,394,752 of weights, 4·964,508,672 of the blocks' moments, 8·83,886,080 of embedding's and head's
     assert plan["Checkpoint/a checkpoint"] == "8.72 GB"
     assert plan["On the phone/fits 12 GB"].startswith("yes")
