@@ -74,8 +74,8 @@ class CutSettings:
     calibration: Mix = option(Mix.parse("c4"))
     """Text to calibrate on: c4, a folder in C4's layout, sample, or a mix with weights. Other than C4: not track 1."""
     tokens: Count | None = None
-    """Calibration tokens. More help more than any other setting, at a cost in proportion. Default: 98,304, and 16 for
-    each feed-forward unit of a layer."""
+    """Calibration tokens. More help more than any other setting, at a cost in proportion. An eighth, at most 2,048, is
+    left to the temperature of the prediction. Default: 98,304, and 16 for each feed-forward unit of a layer."""
     seq_len: Count = option(Count(512))
     """Tokens in a row of it."""
     seed: int = 0

@@ -59,9 +59,8 @@ def test_no_other_factor_comes_nearer(
     assert 0.3 < factor < 0.95
     leaf = torch.tensor(factor, requires_grad=True)
     (slope,) = torch.autograd.grad(divergence(tmp_path, found, leaf, kept), leaf)
-    (at_one,) = torch.autograd.grad(
-        divergence(tmp_path, found, one := torch.tensor(1.0, requires_grad=True), kept), one
-    )
+    one = torch.tensor(1.0, requires_grad=True)
+    (at_one,) = torch.autograd.grad(divergence(tmp_path, found, one, kept), one)
     assert abs(slope) < 1e-3 * abs(at_one)
 
 
