@@ -35,9 +35,6 @@ def option(default: Any, metadata: dict[str, Any] | None = None) -> Any:
     return dataclasses.field(default_factory=lambda: default, metadata=metadata)
 
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
 class Count(int):
     """A whole number that may be written ``2e9``, ``500M``, ``1.5B`` or ``64k``."""
 
@@ -98,6 +95,8 @@ def parse(
         UserError: unknown flags, values that do not parse, a configuration file or a recipe that is not there.
         SystemExit: with 0 after ``--help``.
     """
+    # Finding the strings under the fields means reading source again: a sixth of a second, for the help alone.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv))
     parser = _Parser(prog=prog, description=description, formatter_class=_Formatter)
     parser.add_argument(
         "--config",
