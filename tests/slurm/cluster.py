@@ -23,6 +23,7 @@ CPUS = 4
 
 CONFIG = """
 ClusterName=palmtop
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
@@ -50,7 +51,8 @@ GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-"""``cred_expire``: a requeued job waits for so long; where nobody sets it, for 120 s."""
+"""``cred_expire``: a requeued job waits for so long; where nobody sets it, for 120 s. Ranks meet at a port by the job's
+number, so that two clusters at once need different numbers."""
 
 
 def missing() -> str | None:
@@ -105,7 +107,9 @@ class Cluster:
             (root / folder).mkdir()
         (root / "munge.key").write_bytes(os.urandom(1024))
         (root / "munge.key").chmod(0o600)
-        (root / "slurm.conf").write_text(CONFIG.format(host=host, user=user, port=ports[0], root=root, nodes=nodes))
+        first = random.randrange(1, 9_000)
+        config = CONFIG.format(host=host, user=user, port=ports[0], root=root, nodes=nodes, first=first)
+        (root / "slurm.conf").write_text(config)
         gpus = (f"NodeName=127.0.0.[1-2] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero"))
         (root / "gres.conf").write_text("AutoDetect=off\n" + "".join(gpus))
 
