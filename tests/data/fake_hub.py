@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.conftest import empty_cache
+
 COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 
 C4_CARD = b"""---
@@ -78,7 +80,7 @@ class FakeHub:
         own = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(folder / "huggingface"),
-            "PALMTOP_CACHE": str(folder / "palmtop"),
+            "PALMTOP_CACHE": str(empty_cache(folder / "palmtop")),
             "NO_PROXY": "127.0.0.1",
         }
         return {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | own

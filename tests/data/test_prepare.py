@@ -15,7 +15,8 @@ from data.prepare import prepare
 from data.prepared import MANIFEST, PreparedSource
 from data.sources import Corpus, lines, open_source, text_of
 from data.validation import read_held_out
-from tests.conftest import ROOT, run_command, write_corpus
+from tests.conftest import ROOT, write_corpus
+from tests.forked import forked
 
 
 def test_the_folder_holds_every_document_in_order(corpus: Path, tmp_path: Path, tokenizer) -> None:
@@ -74,7 +75,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(tmp_path: Path, tokenize
     running.wait()
     assert not (tmp_path / "killed" / MANIFEST).exists()
     for out in ("killed", "whole"):
-        done = run_command(*words, tmp_path / out)
+        done = forked().run(*words, tmp_path / out)
         assert done.returncode == 0, done.stderr
     killed, whole = (
         {path.name: path.read_bytes() for path in (tmp_path / out).iterdir() if path.is_file()}

@@ -16,7 +16,7 @@ from export import __main__ as door
 from export import library, parity
 from export.settings import out_folder
 from export.shards import read_cache
-from tests.conftest import run_command
+from tests.conftest import empty_cache, run_command
 from tests.export.test_mlc import FAKE
 
 LIBRARY = "host-0123456789abcdef.so"
@@ -68,7 +68,7 @@ def test_help_is_quick_and_has_examples(word: str, shown: tuple[str, ...]) -> No
 def test_a_model_is_exported(
     micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PALMTOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PALMTOP_CACHE", str(empty_cache(tmp_path / "cache")))
     model, out = tmp_path / "runs" / "little" / "model", tmp_path / "runs" / "little" / "export"
     shutil.copytree(micro_model, model)
     (model / "palmtop.json").write_text('{"data": []}')

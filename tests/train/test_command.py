@@ -3,6 +3,7 @@
 import fcntl
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from common import signals
 from data.tokenizer import train_tokenizer
 from tests.conftest import ROOT, WORDS, run_command, write_corpus
 from tests.data.fake_hub import C4_CARD, FakeHub
+from tests.forked import Forked, forked
 from train.__main__ import main
 
 MICRO = "--batch-tokens 256 --seq-len 32 --tokens 512 --device cpu --log.tensorboard false --loader.streams 2".split()
@@ -111,7 +113,7 @@ def test_a_corrupt_shard_is_named_and_can_be_passed_over(fails, tmp_path: Path, 
     message = fails(*words, began=True)
     assert shard.name in message
     assert "--skip-bad-shards" in message
-    done = run_command("train.py", "--run", tmp_path / "run", *MICRO, *words, "--skip-bad-shards")
+    done = forked().run("train.py", "--run", tmp_path / "run", *MICRO, *words, "--skip-bad-shards")
     assert done.returncode == 0, done.stderr
     assert f"1 damaged shards passed over so far: {shard.name}" in done.stdout
     record = json.loads((tmp_path / "run" / "model" / "palmtop.json").read_text())
@@ -119,15 +121,11 @@ def test_a_corrupt_shard_is_named_and_can_be_passed_over(fails, tmp_path: Path, 
 
 
 def test_no_room_on_the_disk_is_said_before_anything_is_written(
-    tmp_path: Path, corpus: Path, micro_model: Path
+    fails, tmp_path: Path, corpus: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (
-        "import shutil, sys; full = shutil.disk_usage('/')._replace(free=1000); shutil.disk_usage = lambda path: full; "
-        "from train.__main__ import main; main()"
-    )
-    done = run_command("-c", code, "--run", tmp_path / "run", *MICRO, "--init", micro_model, "--data", corpus)
-    assert done.returncode == 2
-    assert "no room on the disk" in done.stderr
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert "no room on the disk" in fails("--init", micro_model, "--data", corpus, began=True)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
@@ -142,11 +140,12 @@ def test_c4_trains_from_a_hub_and_fetches_nothing_twice(tmp_path: Path, micro_mo
     files = {f"en/{path.name}": path.read_bytes() for path in (corpus / "en").iterdir()}
     words = ["train.py", *MICRO, "--init", micro_model, "--data", "c4", "--run"]
     with FakeHub({"allenai/c4": {"README.md": C4_CARD, **files}}) as hub:
+        python = Forked(hub.environment(tmp_path))
         for name in ("one", "two"):
-            done = run_command(*words, tmp_path / name, environment=hub.environment(tmp_path))
+            done = python.run(*words, tmp_path / name)
             assert done.returncode == 0, done.stderr
         served = {name: count for name, count in hub.served.items() if name.endswith(".json.gz")}
-    done = run_command(*words, tmp_path / "offline", environment=hub.environment(tmp_path))
+    done = python.run(*words, tmp_path / "offline")
     assert done.returncode == 0, done.stderr  # what was fetched serves without the hub
     assert losses(tmp_path / "offline") == losses(tmp_path / "one")
     assert len(served) >= 3
@@ -159,13 +158,11 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def test_one_run_folder_is_not_used_twice_at_once(tmp_path: Path, corpus: Path, micro_model: Path) -> None:
+def test_one_run_folder_is_not_used_twice_at_once(fails, tmp_path: Path, corpus: Path, micro_model: Path) -> None:
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_command("train.py", "--run", tmp_path / "run", *MICRO, "--init", micro_model, "--data", corpus)
-    assert done.returncode == 2
-    assert "in use by another process" in done.stderr
+        assert "in use by another process" in fails("--init", micro_model, "--data", corpus, began=True)
 
 
 def test_the_door_works_from_anywhere(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.hf import load_model
-from tests.conftest import run_command
+from tests.forked import forked
 
 WORDS = """--tokens 2560 --batch-tokens 256 --seq-len 32 --device cpu --precision 32 --eval.every 0 --checkpoint.every 4
 --log.tensorboard false --loader.streams 8""".split()
@@ -17,7 +17,7 @@ WORDS = """--tokens 2560 --batch-tokens 256 --seq-len 32 --device cpu --precisio
 @pytest.fixture(scope="module")
 def run(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    done = run_command("train.py", *WORDS, "--run", folder, "--data", corpus, "--init", micro_model)
+    done = forked().run("train.py", *WORDS, "--run", folder, "--data", corpus, "--init", micro_model)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -25,7 +25,7 @@ def run(corpus: Path, micro_model: Path, tmp_path_factory: pytest.TempPathFactor
 def test_the_newest_checkpoint_is_the_models_folder_again(run: Path) -> None:
     before = (run / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(run / "model")
-    done = run_command("train.py", "consolidate", run)
+    done = forked().run("train.py", "consolidate", run)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"model: {run / 'model'}\n"
     assert (run / "model" / "model.safetensors").read_bytes() == before
@@ -33,7 +33,7 @@ def test_the_newest_checkpoint_is_the_models_folder_again(run: Path) -> None:
 
 def test_a_checkpoint_by_its_path_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
     path = run / "checkpoints" / "step-0000004"
-    done = run_command("-m", "train", "consolidate", path, "--out", tmp_path / "model")
+    done = forked().run("-m", "train", "consolidate", path, "--out", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "model" / "palmtop.json").read_text())["steps"] == 4
     earlier, last = load_model(tmp_path / "model"), load_model(run / "model")
@@ -50,7 +50,7 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path) -> None:
         ((broken / "checkpoints" / "step-0000004",), "is damaged"),
         ((), "source"),
     ]:
-        done = run_command("train.py", "consolidate", *words)
+        done = forked().run("train.py", "consolidate", *words)
         assert done.returncode == 2
         assert says in done.stderr
         assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import kill_and_resume
 
-STEPS = 40
+STEPS = 30
 ROWS = 16
 RUN = f"""
 --tokens {STEPS * ROWS * 32} --batch-tokens {ROWS * 32} --seq-len 32 --device cpu --precision 32 --optimizer.lr 1e-3
@@ -54,10 +54,9 @@ def killed(step: int, world: int, strategy: str) -> dict:
 
 
 ATTEMPTS = {
-    "ddp": [killed(9, 2, "ddp"), killed(17, 1, "ddp"), killed(27, 4, "ddp")],
-    "fsdp": [killed(9, 2, "fsdp"), killed(17, 1, "fsdp"), killed(27, 4, "fsdp")],
-    "mixed": [killed(7, 2, "ddp"), killed(14, 2, "deepspeed-3"), killed(21, 4, "fsdp"), killed(30, 1, "ddp"),
-              killed(35, 2, "deepspeed-2")],
+    "ddp": [killed(8, 2, "ddp"), killed(15, 1, "ddp"), killed(22, 4, "ddp")],
+    "mixed": [killed(6, 2, "ddp"), killed(11, 2, "deepspeed-3"), killed(17, 4, "fsdp"), killed(22, 1, "fsdp"),
+              killed(26, 2, "deepspeed-2")],
 }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _rank(rank: int, world: int, near: int, folder: str) -> None:
 @pytest.mark.parametrize(("world", "near"), [(2, 2), (3, 3), (4, 2)], ids=["2", "3", "2-nodes-of-2"])
 def test_ranks_share_the_work_and_agree_with_one(world: int, near: int, tmp_path: Path) -> None:
     alone = steps([nn.Parameter(value) for value in values(0)], [values(1), values(2)])
-    mp.spawn(_rank, args=(world, near, str(tmp_path)), nprocs=world)
+    mp.start_processes(_rank, (world, near, str(tmp_path)), nprocs=world, start_method="fork")  # no imports again
     found = [torch.load(tmp_path / f"after-{rank}.pt") for rank in range(world)]
     for name in ("whole", "sharded"):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][name], alone, strict=True)), name

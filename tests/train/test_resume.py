@@ -10,7 +10,7 @@ from data.prepare import prepare
 from data.sources import open_source
 from tests.conftest import kill_and_resume
 
-STEPS = 60
+STEPS = 40
 RUN = f"""
 --tokens {STEPS * 256} --batch-tokens 256 --seq-len 32 --device cpu --precision 32
 --micro-batch 1 --checkpoint.every 4 --eval.every 5120 --eval.tokens 500 --eval.continuation 4
@@ -54,7 +54,7 @@ def uninterrupted(corpus: Path, micro_model: Path, tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize(
     ("form", "workers", "name", "kills"),
     [
-        ("streamed", [0], "SIGKILL", 10),
+        ("streamed", [0], "SIGKILL", 8),
         ("streamed", [2, 0, 2], "SIGKILL", 4),
         ("prepared", [0], "SIGKILL", 4),
         ("prepared", [2], "SIGKILL", 3),

@@ -9,7 +9,7 @@ from scoring.generation import Generator
 from scoring.harness import FolderModel
 from scoring.loading import load
 from scoring.quick.scores import score_quick
-from tests.conftest import run_command
+from tests.forked import forked
 from train.settings import ScoreInLoop
 
 ROWS = [
@@ -31,7 +31,7 @@ def test_scores_in_the_loop_are_those_of_the_model_folder(
     words = ["--size", "tiny", "--model.vocab", "512", "--data", corpus, "--tokenizer", tokenizer.folder, "--run", run]
     words += ["--tokens", "4096", "--batch-tokens", "512", "--seq-len", "64", "--eval.every", "1024"]
     words += ["--eval.continuation", "0", "--eval.tokens", "1000", "--eval.scores", f"piqa@every=2000,data={data}"]
-    done = run_command("train.py", *words, *spread, "--optimizer.lr", "4e-3", environment={"OMP_NUM_THREADS": "1"})
+    done = forked().run("train.py", *words, *spread, "--optimizer.lr", "4e-3")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["score/piqa"] for line in lines if "score/piqa" in line}

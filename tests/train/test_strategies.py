@@ -11,10 +11,10 @@ from models.transformer import initial_weight
 from tests.conftest import kill_and_resume
 from train.checkpoint import read_weights
 
-STEPS = 30
+STEPS = 15
 RUN = f"""
 --tokens {STEPS * 512} --batch-tokens 512 --seq-len 32 --device cpu --precision 32 --optimizer.lr 1e-3
---schedule.warmup {10 * 512} --schedule.decay 0 --checkpoint.every 1000 --eval.every 0 --log.every 1
+--schedule.warmup {5 * 512} --schedule.decay 0 --checkpoint.every 1000 --eval.every 0 --log.every 1
 --log.tensorboard false --loader.streams 8 --micro-batch 4
 """.split()
 
