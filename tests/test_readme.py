@@ -68,7 +68,7 @@ SMALLER = {
     "sft chat": "--device cpu --max-tokens 4",
     "sft formats": "--count 20",
     "--show": "",
-    "--epochs": "--data alpaca_zh.json=1 --batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 "
+    "--epochs": "--data alpaca_zh.json=1 --epochs 0.2 --batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 "
     "--device cpu",
     "-m sft": "--tokens 1024 --batch-tokens 512 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
     "data tokenizer": "--vocab 512",
@@ -97,7 +97,7 @@ def smaller(line: str, number: int) -> list[str]:
     if "--recover" in words:
         less += shlex.split("--recovery.tokens 512 --recovery.batch-tokens 256 --recovery.seq-len 32")
     if "--devices" in words and less:
-        less += ["--devices", "2"]
+        less += ["--devices", "2" if "fsdp" in words else "1"]
     if "--init" in words:
         less = less[less.index("--tokens") :]  # the shape and the tokenizer come with the weights
     if "train.py" in line and less and "--run" not in words:
