@@ -18,7 +18,7 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
-from common.files import new_folder
+from common.files import new_folder, write_json
 from data.chat import CHAT_TEMPLATE
 from data.packing import Array
 from data.sources import Corpus, DamagedShardError, TextSource, held_out, lines, text_of
@@ -191,18 +191,20 @@ def train_tokenizer(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer
 
 
 def save_tokenizer(backend: tokenizers.Tokenizer, folder: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``, the chat template inside."""
-    from transformers import PreTrainedTokenizerFast
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, the chat template inside.
 
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BEGIN,
-        eos_token=END,
-        pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.save_pretrained(folder, save_jinja_files=False)
+    What transformers would write, but for the class, whose name every version of it knows, and without its import.
+    """
+    backend.save(str(folder / "tokenizer.json"))
+    values = {
+        "bos_token": BEGIN,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(folder / "tokenizer_config.json", values)
 
 
 def sample_texts(corpus: Corpus, budget: int) -> Iterator[str]:
