@@ -218,7 +218,7 @@ class RunSettings:
     seq_len: Count | None = None
     """Tokens in a row. Default: the size's context."""
     batch_tokens: Count | None = None
-    """Tokens in a global batch. Default: grows with the root of the budget, 2^14 to 2^20; with --init and --teacher so
+    """Tokens in a global batch. Default: grows with the root of the budget, 2^12 to 2^20; with --init and --teacher so
     small that there are 128 steps."""
     run: str | None = field(default=None, metadata=MAY_CHANGE)
     """Name (under runs/) or path of the run folder. Default: the size and the date, or the SLURM job."""
@@ -517,12 +517,12 @@ def check_streams(loader: LoaderSettings, world: int) -> None:
 
 
 def default_batch_tokens(tokens: int) -> int:
-    """A power of two near 2^19 · sqrt(tokens / 2.5e9), between 2^14 and 2^20.
+    """A power of two near 2^18 · sqrt(tokens / 2.5e9), between 2^12 and 2^20.
 
-    The batch size up to which more rows save steps grows about as the root of the tokens trained on
-    (Zhang et al., arXiv:2410.21676).
+    The critical batch, with which about a fifth more tokens are needed than with small ones: that it grows as the
+    root of the tokens is from Zhang et al., arXiv:2410.21676, the factor from the runs in docs/log.md.
     """
-    return int(2 ** min(20, max(14, round(19 + math.log2(tokens / 2.5e9) / 2))))
+    return int(2 ** min(20, max(12, round(18 + math.log2(tokens / 2.5e9) / 2))))
 
 
 def run_name(settings: TrainSettings) -> str:

@@ -221,7 +221,7 @@ def test_a_recovery_has_defaults_of_its_own(micro_model: Path) -> None:
     config = model_config(settings)
     resolved = resolve(settings, config)
     assert resolved.batch_tokens == 384
-    assert resolve(parse(TrainCommand, [*words[:-1], "50M"], prog="", description=""), config).batch_tokens == 2**16
+    assert resolve(parse(TrainCommand, [*words[:-1], "50M"], prog="", description=""), config).batch_tokens == 2**15
     assert resolved.optimizer.lr == pytest.approx(2e-5 * 4096 / 32)
 
 

@@ -17,7 +17,7 @@ def test_defaults_follow_from_the_size() -> None:
     settings = read("--size", "125m")
     assert settings.tokens == 20 * 125_081_664
     assert settings.seq_len == 2048
-    assert settings.batch_tokens == 2**19
+    assert settings.batch_tokens == 2**18
     assert settings.schedule.decay == settings.tokens // 5
     assert settings.optimizer.name == "muon"
     assert settings.optimizer.lr == pytest.approx(0.2 / 576 ** (2 / 3))
@@ -34,7 +34,7 @@ def test_muon_trains_new_weights_and_adamw_the_others(micro_model: Path) -> None
 
 def test_the_batch_grows_with_the_root_of_the_budget() -> None:
     sizes = [default_batch_tokens(tokens) for tokens in (10**6, 10**8, 25 * 10**8, 10**10, 10**13)]
-    assert sizes == [2**14, 2**17, 2**19, 2**20, 2**20]
+    assert sizes == [2**12, 2**16, 2**18, 2**19, 2**20]
 
 
 @pytest.mark.parametrize(
