@@ -68,8 +68,8 @@ SMALLER = {
     "sft chat": "--device cpu --max-tokens 4",
     "sft formats": "--count 20",
     "--show": "",
-    "--epochs": "--data alpaca_zh.json=1 --epochs 0.2 --batch-tokens 4096 --seq-len 256 --eval.tokens 200 --eval.answer 2 "
-    "--device cpu",
+    "--epochs": "--data alpaca_zh.json=1 --epochs 0.2 --batch-tokens 4096 --seq-len 256 --eval.tokens 200 "
+    "--eval.answer 2 --device cpu",
     "-m sft": "--tokens 1024 --batch-tokens 512 --seq-len 256 --eval.tokens 200 --eval.answer 2 --device cpu",
     "data tokenizer": "--vocab 512",
     "data prepare": "--workers 1",

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from bench import scaling
-from tests.conftest import run_command
+from tests.forked import forked
 from train.scaling import Link, collective
 
 
@@ -21,7 +21,7 @@ def test_a_link_is_found_from_the_times_of_its_messages(operation) -> None:
 
 def test_two_processes_are_predicted_and_measured() -> None:
     words = "check --worlds 2 --strategies fsdp --rounds 1 --steps 1 --rows 1 --seq-len 16"
-    done = run_command("bench/scaling.py", *words.split(), environment={"OMP_NUM_THREADS": "1"})
+    done = forked().run("bench/scaling.py", *words.split())
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"2 processes: \w+ [\d,]+ µs a message, \d+\.\d\d GB/s", done.stdout)) == 4
     *_, line = done.stdout.splitlines()

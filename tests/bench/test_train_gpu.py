@@ -29,11 +29,11 @@ from bench.train_gpu import (
 from models import budget, gpus, sizes
 from models.sizes import ModelConfig
 from tests.conftest import ROOT, run_command
+from tests.forked import forked
 from train.plan import Machine, Workload, best
 
 CONFIG = ModelConfig(2, 32, 4, 2, 8, 48, 64, 32, tied=True, qk_norm=False)
 SCRIPT = "bench/train_gpu.py"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Models this small only lose by more, most of all beside other tests."""
 
 
@@ -45,7 +45,7 @@ def setting(rows: int = 2, optimizer: str = "adamw", precision: str = "fp32", ma
 
 def test_a_line_for_every_variant_with_the_flops_of_the_budget(tmp_path: Path) -> None:
     shape = "--sizes tiny --seq-len 64 --micro-rows 2 --rounds 1 --steps 1 --device cpu --no-compile"
-    done = run_command(SCRIPT, *shape.split(), "--json", tmp_path / "lines.jsonl", environment=ONE_THREAD)
+    done = forked().run(SCRIPT, *shape.split(), "--json", tmp_path / "lines.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
     flops = budget.flops_per_token(sizes.size("tiny").config, 64)
     assert f"= {flops:,} FLOPs a token" in done.stdout
@@ -146,7 +146,7 @@ def test_a_file_of_something_else_is_refused(
 
 def test_it_needs_little_installed() -> None:
     shape = "--sizes tiny --seq-len 16 --micro-rows 1 --rounds 1 --steps 1 --device cpu --no-compile --variants ours"
-    done = run_command("-c", WITH_LITTLE_INSTALLED, ROOT / SCRIPT, *shape.split(), environment=ONE_THREAD)
+    done = run_command("-c", WITH_LITTLE_INSTALLED, ROOT / SCRIPT, *shape.split(), environment={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "--micro-rows" in done.stdout
     assert "litgpt: not installed" in done.stdout
