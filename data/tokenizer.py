@@ -193,7 +193,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer
 def save_tokenizer(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, the chat template inside.
 
-    What transformers would write, but for the class, whose name every version of it knows, and without its import.
+    What transformers would write, without its import, and with a class that its older versions know too.
     """
     backend.save(str(folder / "tokenizer.json"))
     values = {
@@ -201,6 +201,7 @@ def save_tokenizer(backend: tokenizers.Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": END,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that no causal model takes
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

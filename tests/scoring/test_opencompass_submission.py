@@ -67,6 +67,9 @@ def test_the_wrapper_reads_a_tokenizer_that_transformers_5_wrote(micro_model, tm
     from transformers import AutoTokenizer
 
     calls = []
+    newer = shutil.copytree(micro_model, tmp_path / "newer")
+    settings = json.loads((newer / "tokenizer_config.json").read_text())
+    (newer / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
 
     class Theirs:
         def _load_tokenizer(self, *arguments):
@@ -79,13 +82,13 @@ def test_the_wrapper_reads_a_tokenizer_that_transformers_5_wrote(micro_model, tm
     models.HuggingFaceBaseModel = models.HuggingFacewithChatTemplate = Theirs
     monkeypatch.setitem(sys.modules, "opencompass", type(sys)("opencompass"))
     monkeypatch.setitem(sys.modules, "opencompass.models", models)
-    write_submission(Submission(micro_model, "chat", 256), tmp_path)
+    write_submission(Submission(newer, "chat", 256), tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, Path(WRAPPER).stem, raising=False)
     from palmtop_model import PalmtopChat
 
     wrapped = PalmtopChat()
-    wrapped._load_tokenizer(str(micro_model), {})
+    wrapped._load_tokenizer(str(newer), {})
     ours, theirs = wrapped.tokenizer, AutoTokenizer.from_pretrained(micro_model)
     messages = [{"role": "user", "content": "the of and"}]
     assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
