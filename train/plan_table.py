@@ -192,7 +192,7 @@ def _run(settings: TrainSettings, config: ModelConfig) -> Section:
             Row(
                 "batch",
                 f"{batch:,} tokens = {batch // seq_len} rows of {seq_len}",
-                "as given, else 2^18·sqrt(tokens / 2.5e9) to a power of two, 2^12 to 2^20 (arXiv:2410.21676)",
+                "as given, else 2^18·sqrt(tokens / 2.5e9) to a power of two, 2^12 to 2^20 (growth: arXiv:2410.21676)",
             ),
             Row("steps", f"{-(-tokens // batch):,}", "tokens / batch, rounded up"),
             Row("optimiser", f"{settings.optimizer.name}, rate {settings.optimizer.lr:.3g}", _why_optimizer(settings)),
