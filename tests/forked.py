@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -78,8 +79,8 @@ def become(words: list[str], folder: str, timeout: int, outputs: list[str]) -> i
     for number, path in enumerate(["/dev/null", *outputs]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = os.fdopen(0, encoding="utf-8")
-    if "--devices" in words[:-1] and words[-1 - words[::-1].index("--devices") + 1] != "1":
-        # starts itself once for each, which a fork cannot
+    devices = [value for flag, value in pairwise(words) if flag == "--devices"]
+    if devices and devices[-1] != "1":  # starts itself once for each, which a fork cannot
         return subprocess.run([sys.executable, *words], check=False).returncode
     code = 1
     try:
