@@ -209,10 +209,8 @@ def calibration_tokens(settings: CutSettings, ffn: int) -> int:
 
 
 def out_folder(model: str, out: str | None, ending: str) -> Path:
-    """Where a command writes: as asked, else beside the model, under the name of its run where it is called model."""
+    """Where a command writes: as asked, else beside the model, under its name."""
     if out is not None:
         return Path(out)
     folder = Path(model).absolute()
-    if folder.name == "model":
-        return folder.with_name(f"model-{ending}")
     return folder.with_name(f"{folder.name}-{ending}")
