@@ -23,8 +23,10 @@ from pruning.recover import recover
 from pruning.report import FILE, Stage, rank_table, stage_table, write_report
 from pruning.settings import ImportCommand, PruneCommand, out_folder
 from pruning.shapes import Shape
+from scoring.loading import fingerprint
 from scoring.score import score
 from scoring.settings import ScoreSettings
+from scoring.settings import out_folder as scores_folder
 
 
 def import_command(command: ImportCommand) -> None:
@@ -71,8 +73,8 @@ class _Pruning:
         stages = [self._stage("before", self.folder, self._losses("the model as it is", self.folder, self.texts))]
         losses, report = self._cut(tried)
         stages.append(self._stage("after", self.out, losses))
-        write_report(self.out, stages, {"trials": self.trials})
         models = [self.folder, self.out]
+        self._report(models, stages)
         if command.recover:
             console.say(stage_table(stages))
             signals.install()  # the training saves and stops by them
@@ -81,13 +83,19 @@ class _Pruning:
             stages.append(
                 self._stage("recovered", models[-1], self._losses("the recovered model", models[-1], self.texts))
             )
+            self._report(models, stages)
         if command.score is not None:
+            console.say(stage_table(stages))  # scoring may fail, and this is not to be lost by it
             stages = [replace(stage, scores=self._scores(model)) for stage, model in zip(stages, models, strict=True)]
-        for model in models[1:]:
-            write_report(model, stages, {"trials": self.trials})
+            self._report(models, stages)
         console.say(stage_table(stages))
         console.say(_cost(report))
         console.say(f"report: {models[-1] / FILE}\nmodel: {models[-1]}\nnext: python -m scoring {models[-1]}")
+
+    def _report(self, models: Sequence[Path], stages: Sequence[Stage]) -> None:
+        """Write the stages so far into every model that was made."""
+        for model in models[1:]:
+            write_report(model, stages, {"trials": self.trials})
 
     def _cut(self, tried: Sequence[Candidate]) -> tuple[list[Measured], Report]:
         """Write the model, of several shapes the best one.
@@ -166,13 +174,19 @@ class _Pruning:
             limit=self.command.score_limit,
             device=self.command.device,
         )
-        found = score(folder, settings, self.console)
+        found = score(folder, replace(settings, out=str(_by_weights(folder, settings))), self.console)
         scores = {one.name: one.score for one in [*found.competition, *found.quick]}
         if found.means is not None:
             scores["geometric mean"] = found.means.geometric
         marks = f" ({', '.join(mark.partition(':')[0] for mark in found.marks)})" if found.marks else ""
         speed = {} if found.speed is None else {"throughput, passes/s": found.speed["throughput"]}
         return {name + marks: value for name, value in scores.items()} | speed
+
+
+def _by_weights(folder: Path, settings: ScoreSettings) -> Path:
+    """Where a model's scores go: other weights under the same name get another folder, for answers are kept there."""
+    usual = scores_folder(folder, settings)
+    return usual.with_name(f"{usual.name}-{fingerprint(folder)[:8]}")
 
 
 def _cost(report: Report) -> str:

@@ -172,6 +172,35 @@ def test_recovery_and_scores_follow(
     assert f"next: python -m scoring {stages[2]['folder']}" in out
 
 
+def test_other_weights_under_the_same_name_are_scored(
+    curt_phi: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ffn in ("48", "40"):
+        words = ["--ffn", ffn, "--out", "out", *small(text), "--score", "sample", "--score-limit", "1"]
+        code, _, err = pruning(monkeypatch, capsys, curt_phi, *words)
+        assert code == 0, err
+    folders = sorted(path.relative_to("scores").parts[0] for path in Path("scores").glob("*/sample-limit1-*"))
+    assert folders == ["out", "out", "phi"]
+
+
+def test_scoring_that_fails_loses_nothing(
+    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recovery = ["--recover", "--recovery.data", text, "--recovery.tokens", "2k", "--recovery.seq-len", "64"]
+    scores = ["--score", "competition", "--score-data", text]  # holds no data of the competition
+    code, out, err = pruning(
+        monkeypatch, capsys, micro_model, "--ffn", "48", "--out", "out", *small(text), *recovery, *scores
+    )
+    assert code == 2, err
+    (recovered,) = tmp_path.glob("out-recovery-*/model")
+    for folder in (tmp_path / "out", recovered):
+        stages = json.loads((folder / "pruning.json").read_text())["stages"]
+        assert [stage["name"] for stage in stages] == ["before", "after", "recovered"]
+    assert "before after recovered" in [" ".join(line.split()) for line in out.splitlines()]
+
+
 def test_bad_input_is_one_message_and_leaves_nothing(
     micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
