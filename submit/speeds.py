@@ -44,28 +44,27 @@ def phone_model(run: Run) -> str:
 
 def _phone(run: Run) -> list[Speed]:
     found = run.results("phone.json")
-    if not found or found["emulated"] or not found["throughput"]:
+    if not found or found["emulated"]:
         return []
     engine = f"palmtop {found['dtype']}, {found['threads']} threads"
-    return [
-        Speed(phone_model(run), engine, one["prompt_tokens"], one["prefill"], one["decode"], found["peak_memory"], True)
-        for one in found["throughput"]
-    ]
+    return _by_prompt(phone_model(run), engine, found["measurement"], phone=True)
 
 
 def _bench(run: Run) -> list[Speed]:
     found = run.results("bench.json")
     return [
-        Speed(
-            found["processor"],
-            f"{_engine(one['engine'])}, {one['threads']} threads",
-            prompt["tokens"],
-            prompt["prefill"],
-            prompt["decode"],
-            one["peak_memory"],
-        )
+        speed
         for one in found.get("measurements") or ()
-        for prompt in one["prompts"]
+        for speed in _by_prompt(found["processor"], f"{_engine(one['engine'])}, {one['threads']} threads", one)
+    ]
+
+
+def _by_prompt(where: str, engine: str, measurement: Mapping[str, Any], *, phone: bool = False) -> list[Speed]:
+    """What export/bench.py calls a measurement, for each length of prompt."""
+    peak = measurement["peak_memory"]
+    return [
+        Speed(where, engine, one["tokens"], one["prefill"], one["decode"], peak, phone)
+        for one in measurement["prompts"]
     ]
 
 

@@ -2,16 +2,23 @@
 
 import json
 import math
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from common.files import write_json, write_text
 from common.settings import Count, to_dict, to_yaml
+from export.phone import phone_command
+from export.settings import PhoneCommand
 from models.hf_config import to_config
 from models.sizes import size
 from scoring.results import Score, TaskResult, means
 from scoring.settings import ScoreSettings
 from sft.settings import SftSettings
+from tests.export.fake_adb import PROPERTIES, Phone
 from train.settings import TrainSettings
 
 SIX = ("commonsense_qa", "bbh", "gsm8k", "humaneval", "chid", "truthfulqa")
@@ -86,13 +93,31 @@ def write_scores(
     return run
 
 
-def write_phone(
-    run: Path, decode: float, *, model: str = "Maker Phone 9", emulated: bool = False, peak: int = 10**9
-) -> None:
-    """A ``phone.json`` as ``python -m export phone`` writes it."""
-    spread = {"median": decode, "lower": decode - 1, "upper": decode + 1}
-    speeds = [
-        {"prompt_tokens": 64, "new_tokens": 128, "prefill": spread, "decode": spread, "first_token_seconds": spread}
-    ]
-    found = {"emulated": emulated, "device": {"model": model}, "dtype": "f16", "threads": 4, "peak_memory": peak}
-    write_json(run / "export" / "phone.json", found | {"throughput": None if emulated else speeds})
+def write_phone(run: Path, decode: float, *, emulated: bool = False, peak: int = 10**9) -> None:
+    """What ``python -m export phone`` leaves in a run, with other figures."""
+    found = json.loads(_measured(emulated))
+    if not emulated:
+        found["measurement"]["peak_memory"] = peak
+        found["measurement"]["prompts"][0]["decode"] = {"median": decode, "lower": decode - 1, "upper": decode + 1}
+    write_json(run / "export" / "phone.json", found)
+
+
+@cache
+def _measured(emulated: bool) -> str:
+    """The command's ``phone.json`` of a stand-in for a phone, which takes seconds to answer."""
+    with TemporaryDirectory() as name:
+        folder, phone = Path(name) / "export", Phone(Path(name) / "device")
+        library = {"target": "android-cpu", "file": "lib/android-cpu-1-armv8.so"}
+        for file in (folder / "runner" / "runner", folder / library["file"], folder / "mlc" / "tensor-cache.json"):
+            write_text(file, file.name)
+        memory = {"weights": 1000, "cache": 1000}
+        write_json(folder / "export.json", {"libraries": [library], "memory": memory, "dtype": "f16", "model": {}})
+        runs = [{"tokens": 64, "prefill": [90.0], "decode": [9.0], "first_token": [0.1]}]
+        said = {"library": "armv8", "context": 64, "threads": 4, "load_seconds": 0.5, "peak_memory": 10**9}
+        phone.behave(
+            properties=PROPERTIES | {"ro.product.model": "Phone 9", "ro.kernel.qemu": f"{emulated:d}"},
+            answer=json.dumps(said | {"runs": runs, "arm": True}),
+        )
+        with patch("export.phone.runner_folder", lambda: folder / "runner"), suppress(SystemExit):
+            phone_command(PhoneCommand(folder=str(folder), adb=str(phone.adb)))
+        return (folder / "phone.json").read_text(encoding="utf-8")

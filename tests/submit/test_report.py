@@ -146,8 +146,8 @@ def test_a_phone_counts_and_an_emulator_does_not(tmp_path: Path) -> None:
     run = write_scores(write_run(tmp_path / "run"), GOOD)
     write_phone(run, 33.0)
     words = read(report(Run(run))).words()
-    assert "decode, tok/s 33.0 Maker Phone 9, palmtop f16, 4 threads" in words
-    assert "measured on Maker Phone 9: 1 GB" in words
+    assert "decode, tok/s 33.0 Palmtop Phone 9, palmtop f16, 4 threads" in words
+    assert "measured on Palmtop Phone 9: 1 GB" in words
     assert "Not measured on a phone" not in words
     write_phone(run, 33.0, emulated=True)
     words = read(report(Run(run))).words()
