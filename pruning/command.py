@@ -1,5 +1,6 @@
 """What ``python -m pruning`` does after its plan: try, cut, measure, recover, score, report."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -34,7 +35,7 @@ def import_command(command: ImportCommand) -> None:
     assert command.model is not None
     folder, console = Path(command.model), Console()
     out = out_folder(command.model, command.out, "qwen2")
-    _check_out(out, folder, "palmtop.json")
+    _check_out(out, folder, "import")
     console.settings("import", to_dict(command) | {"out": str(out)})
     qwen1.convert(folder, out, console.say)
     console.say(f"model: {out}\nnext: python -m pruning {out} --phone-memory 8GB --plan")
@@ -47,7 +48,7 @@ def prune_command(command: PruneCommand) -> None:
         UserError: anything that the user can put right; no folder is left half-written.
     """
     outline = show_outline(command)
-    _check_out(outline.out, outline.folder, FILE)
+    _check_out(outline.out, outline.folder, "prune")
     _Pruning(outline).run(outline.tried)
 
 
@@ -200,12 +201,20 @@ def _cost(report: Report) -> str:
     return f"calibrated on {found['tokens']:,} tokens, seed {found['seed']}: {sources}{outside}; {took}"
 
 
-def _check_out(out: Path, folder: Path, mark: str) -> None:
-    """Raise a UserError where writing ``out`` would destroy something that this command has not made."""
+def _check_out(out: Path, folder: Path, stage: str) -> None:
+    """Raise a UserError where writing ``out`` would destroy something that this command, a stage, has not made."""
     if out.absolute() == folder.absolute():
         raise UserError(f"--out {out} is the model itself; choose another folder")
-    if out.exists() and not (out / mark).exists():
-        raise UserError(f"{out} is there already and holds no {mark}; choose another --out")
+    if out.exists() and _stage_of(out) != stage:
+        raise UserError(f"{out} is there already and was not made by this command; choose another --out")
+
+
+def _stage_of(folder: Path) -> Any:
+    """The stage that made a model folder; None where it does not tell."""
+    try:
+        return json.loads((folder / "palmtop.json").read_text(encoding="utf-8"))["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from jsonargparse.typing import register_type
 from common.settings import Count, option
 from data.settings import Mix
 from pruning.recover_settings import RecoverSettings
-from scoring.settings import SUITES, words
+from scoring.settings import SUITES, ScoreSettings, words
 
 LEAST_TOKENS = 98_304
 """Of the default calibration, 192 rows of 512."""
@@ -184,6 +184,7 @@ class PruneCommand(PruneSettings):
         unknown = [suite for suite in words(self.score) if suite not in SUITES]
         if unknown:
             raise ValueError(f"--score {unknown[0]} is no suite; there are {', '.join(SUITES)}")
+        ScoreSettings(suite=self.score)  # refuses suites that do not go together
         if self.score_limit is not None and self.score_limit < 1:
             raise ValueError(f"--score-limit must be at least 1, not {self.score_limit}")
 

@@ -212,6 +212,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     others = tmp_path / "mine"
     others.mkdir()
     (others / "diary.txt").write_text("dear diary")
+    trained = tmp_path / "trained"
+    shutil.copytree(micro_model, trained)
+    (trained / "palmtop.json").write_text('{"stage": "train"}')
+    (trained / "pruning.json").write_text("{}")  # as recovery leaves it
     words = small(text)
     for asked, message in [
         ([micro_model], "give a target: --params 0.8"),
@@ -224,19 +228,22 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([pickled, "--ffn", "48", *words], "holds no model*.safetensors; weights in other formats must be converted"),
         ([micro_model, "--ffn", "48", *words, "--tokens", "9M"], "too few"),
         ([micro_model, "--ffn", "48", *words, "--calibration", "nowhere"], "there is no source 'nowhere'"),
-        ([micro_model, "--ffn", "48", *words, "--out", others], "holds no pruning.json; choose another --out"),
+        ([micro_model, "--ffn", "48", *words, "--out", others], "was not made by this command; choose another --out"),
+        ([micro_model, "--ffn", "48", *words, "--out", trained], "was not made by this command"),
         ([micro_model, "--ffn", "48", *words, "--out", micro_model], "is the model itself"),
         ([qwen, "--params", "0.8"], "first-generation Qwen, which runs code of its own; make it an equal Qwen2 first"),
         ([micro_model, "--params", "0.8", "--recovery.tokens", "5k"], "--recovery.* belongs to --recover"),
         ([micro_model, "--params", "0.8", "--score", "mmlu"], "--score mmlu is no suite"),
+        ([micro_model, "--params", "0.8", "--score", "competition,sample"], "score one of them at a time"),
         (["import"], "give the folder of a first-generation Qwen"),
         (["import", micro_model, "--out", tmp_path / "q"], "is a Qwen3ForCausalLM, not a first-generation Qwen"),
+        (["import", qwen, "--out", trained], "was not made by this command; choose another --out"),
     ]:  # fmt: skip
         out = [] if "--out" in asked or asked[0] == "import" else ["--out", tmp_path / "out"]
         code, _, err = pruning(monkeypatch, capsys, *asked, *out)
         assert (code, err.count("\n")) == (2, 1), (asked, err)
         assert message in err, (message, err)
-    assert {one.name for one in tmp_path.iterdir()} == {"pickled", "Qwen", "mine"}
+    assert {one.name for one in tmp_path.iterdir()} == {"pickled", "Qwen", "mine", "trained"}
     assert (others / "diary.txt").exists()
 
 
@@ -247,6 +254,7 @@ def test_a_qwen_is_imported_and_then_cut(
     code, out, err = pruning(monkeypatch, capsys, "import", qwen)
     assert code == 0, err
     assert f"next: python -m pruning {tmp_path / 'Qwen-qwen2'}" in out
+    assert pruning(monkeypatch, capsys, "import", qwen)[0] == 0  # its own folder it replaces
     words = ["--ffn", "40", *small(text), "--seq-len", "24", "--tokens", "1k"]
     code, out, err = pruning(monkeypatch, capsys, tmp_path / "Qwen-qwen2", *words)
     assert code == 0, err
