@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from common.errors import UserError
 from models.foreign import Foreign
@@ -94,19 +93,6 @@ def in_memory(model: Transformer | Foreign) -> Any:
         twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
     twin.generation_config.eos_token_id = None
     return twin.requires_grad_(False).eval()
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of all that decides a model's answers: configuration, tokenizer and weights."""
-    digest = xxhash.xxh3_128()
-    names = ("*.json", "*.model", "*.jinja", "*.txt", "*.safetensors")
-    files = {file for pattern in names for file in folder.glob(pattern) if file.name != "palmtop.json"}
-    for file in sorted(files):
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while chunk := stream.read(2**24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

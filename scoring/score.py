@@ -16,7 +16,8 @@ from scoring import sample, sandbox
 from scoring.answers import Answers
 from scoring.competition import GROUPS, TASKS, Row, Scored, group_score, score_outputs, task_extras, task_score
 from scoring.competition.data import count_warning
-from scoring.loading import check_folder, fingerprint, load, load_tokenizer
+from scoring.fingerprint import fingerprint
+from scoring.loading import check_folder, load, load_tokenizer
 from scoring.requests import Engine
 from scoring.results import Score, TaskResult, interval, means
 from scoring.settings import ScoreSettings, fine_tuned, out_folder, words

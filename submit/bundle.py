@@ -225,7 +225,7 @@ class _Bundle:
 
     def _score(self) -> ScoreFile | None:
         """The scores to hand in: of the model as it is now, full ones before others."""
-        from scoring.loading import fingerprint
+        from scoring.fingerprint import fingerprint
 
         weights = fingerprint(self.run.path / "model")
         mine = [

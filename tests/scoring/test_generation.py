@@ -28,7 +28,7 @@ from models.sizes import ModelConfig
 from models.transformer import Transformer
 from scoring.batches import Batch, common_prefix, from_json, make_plan, to_json
 from scoring.generation import GenerationSettings, Generator, end_tokens, without
-from scoring.loading import fingerprint, in_memory, load, load_tokenizer
+from scoring.loading import in_memory, load, load_tokenizer
 from scoring.requests import Key, Request
 
 SMALL: dict[str, Any] = {
@@ -307,11 +307,3 @@ def test_what_is_no_model_folder_is_named(micro_model: Path, tmp_path: Path, spo
     spoil(folder)
     with pytest.raises(UserError, match=message):
         load(folder, "cpu")
-
-
-def test_a_fingerprint_is_of_what_decides_answers(micro_model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(micro_model, tmp_path / "model")
-    (folder / "palmtop.json").write_text("{}")
-    assert fingerprint(folder) == fingerprint(micro_model)
-    of_another_shape(folder)
-    assert fingerprint(folder) != fingerprint(micro_model)
