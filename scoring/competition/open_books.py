@@ -112,7 +112,8 @@ def rescore(
             summary["groups"][group] = group_score(group, scores)
         if 0 < there < len(names):
             summary["warnings"].append(f"{group} is the mean of {there} of its {len(names)} tasks")
-    written = [json.dumps(line, ensure_ascii=False) + "\n" for by_row in lines.values() for line in by_row.values()]
+    # In ASCII, like the answers of a run: lone surrogates are no UTF-8.
+    written = [json.dumps(line) + "\n" for by_row in lines.values() for line in by_row.values()]
     write_text(out, "".join(written))
     return summary
 
@@ -142,7 +143,6 @@ _EXAMPLE = '{"task": "gsm8k", "row": 0, "output": "... The answer is 18"}'
 def _answer(text: str, where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-        json.dumps(line, ensure_ascii=False).encode()  # JSON can spell halves of characters, which no file can hold
     except ValueError as error:
         raise UserError(f"{where} is no valid JSON: {error}") from error
     if not isinstance(line, dict) or not isinstance(line.get("output"), str) or type(line.get("row")) is not int:
