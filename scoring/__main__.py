@@ -98,14 +98,19 @@ def _rescore(settings: "RescoreSettings") -> None:
         raise UserError("which answers? python -m scoring rescore answers.jsonl")
     answers, console = Path(settings.answers), Console()
     out = Path(settings.out) if settings.out else answers.with_suffix(".scored.jsonl")
+    summary = out.with_suffix(".json")
+    if summary.absolute() in (out.absolute(), answers.absolute()):
+        raise UserError(
+            f"the summary of --out {out} would be written over {summary}; choose another name, ending in .jsonl"
+        )
     data = _data(settings.suite, settings.data)
     found = rescore(answers, data, out=out, unsafe=settings.unsafe_code_execution)
     for warning in found["warnings"]:
         console.warn(warning)
     shown = {name: "not run" if score is None else f"{score:6.2f}" for name, score in found["groups"].items()}
     console.table(f"{answers}" + (" · sample, no benchmark" if settings.suite == "sample" else ""), shown)
-    write_json(out.with_suffix(".json"), found)
-    console.say(f"\neach answer: {out}\nsummary:     {out.with_suffix('.json')}")
+    write_json(summary, found)
+    console.say(f"\neach answer: {out}\nsummary:     {summary}")
 
 
 def _data(suite: str, data: str | None) -> "Path | None":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,20 @@ def test_rescore_gives_the_command_s_scores(scored, tmp_path: Path) -> None:
     assert "sample, no benchmark" in done.stdout
     groups = json.loads((tmp_path / "lines.json").read_text())["groups"]
     assert groups == {result["name"]: result["score"] for result in found["competition"]}
+
+
+@pytest.mark.parametrize(("answers", "out"), [("a.jsonl", "r.json"), ("a.json", "a.jsonl"), ("a.json", "a.json")])
+def test_a_summary_is_written_over_no_answers(answers: str, out: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    line = '{"task": "gsm8k", "row": 0, "output": "1"}\n'
+    (tmp_path / answers).write_text(line)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scoring", "rescore", answers, "--suite", "sample", "--out", str(tmp_path / out)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.match(r"error: the summary of --out .* would be written over .*\.json; choose", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == [answers]
+    assert (tmp_path / answers).read_text() == line
 
 
 def test_quick_tasks_perplexity_and_speed(micro_model: Path, corpus: Path, shared: Path, tmp_path: Path) -> None:
