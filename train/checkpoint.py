@@ -4,7 +4,7 @@ A checkpoint is a folder ``step-0001000`` of
 
 * torch's distributed checkpoint (DCP) of the tensors of model and optimiser, by parameter name: it can
   be read back under another number of processes or another way of sharding;
-* ``state.json``: step, tokens, the loader's positions, the run's settings;
+* ``state.json``: step, whether it is kept for good, tokens, the loader's positions, the run's settings;
 * ``config.json``: the model's shape;
 * ``checksums.json``: size and xxHash of each of the other files.
 
@@ -75,7 +75,8 @@ class Checkpoints:
     Args:
         folder: where they are kept, on a disk that all nodes see.
         keep: how many of the newest stay.
-        keep_for_good: whether the checkpoint of a step stays whatever its age.
+        keep_for_good: whether the checkpoint of a step stays whatever its age. It says so itself: what a later run
+            with other settings would keep does not matter to it.
         job: the ranks that save together, with a group that nothing else uses.
     """
 
@@ -163,7 +164,7 @@ class Checkpoints:
             results.append(_sync_and_sum(temporary, f"__{self._job.rank}_*.distcp"))
         with self._together(), readable_disk_errors(path):
             if self._job.rank == 0:
-                write_json(temporary / "state.json", {"step": step, **state})
+                write_json(temporary / "state.json", {"step": step, "kept": self._keep_for_good(step), **state})
                 write_json(temporary / "config.json", config)
                 sums = {name: values for part in results for name, values in part.items()}
                 sums |= _sync_and_sum(temporary, ".metadata") | _sync_and_sum(temporary, "*.json")
@@ -209,11 +210,12 @@ class Checkpoints:
     def _remove_old(self, newest: int) -> None:
         steps = [step for step in steps_in(self.folder) if step <= newest]
         for step in steps[: -self._keep]:
-            if not self._keep_for_good(step):
+            path = self.folder / f"step-{step:07d}"
+            if not kept_for_good(path):
                 # Renamed first, so that a kill in the middle leaves no half one under a good name.
-                condemned = self.folder / f".step-{step:07d}.removed"
+                condemned = self.folder / f".{path.name}.removed"
                 shutil.rmtree(condemned, ignore_errors=True)
-                (self.folder / f"step-{step:07d}").rename(condemned)
+                path.rename(condemned)
                 shutil.rmtree(condemned, ignore_errors=True)
 
 
@@ -246,6 +248,14 @@ def steps_in(folder: Path) -> list[int]:
     """Steps that have a checkpoint in a folder of checkpoints, in ascending order."""
     names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{7,}", name))
+
+
+def kept_for_good(path: Path) -> bool:
+    """Whether a checkpoint stays whatever its age; one that cannot be read does not."""
+    try:
+        return bool(read_state(path).get("kept", False))
+    except UserError:
+        return False
 
 
 def newest_good(folder: Path, warn: Callable[[str], None]) -> Path | None:

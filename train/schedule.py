@@ -27,7 +27,7 @@ class Schedule:
         assert chosen.decay is not None
         assert chosen.final is not None
         assert settings.batch_tokens is not None
-        total = math.ceil(settings.tokens / settings.batch_tokens) * settings.batch_tokens  # the last batch is whole
+        total = _whole_batches(settings.tokens, settings.batch_tokens)
         return cls(chosen.name, settings.optimizer.lr, total, chosen.warmup, chosen.decay, chosen.final)
 
     @property
@@ -49,3 +49,13 @@ class Schedule:
             return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
         left = min(1.0, max(0.0, (self.total - at) / self.decay)) if self.decay else 1.0
         return self.peak * (self.final + (1 - self.final) * left)
+
+
+def decay_start(tokens: int, batch_tokens: int, decay: int) -> int:
+    """Tokens at which the decay of wsd begins in a run of such a budget."""
+    return _whole_batches(tokens, batch_tokens) - decay
+
+
+def _whole_batches(tokens: int, batch_tokens: int) -> int:
+    """The tokens that a run takes: its last batch is whole."""
+    return math.ceil(tokens / batch_tokens) * batch_tokens

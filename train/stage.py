@@ -35,7 +35,7 @@ from train.model_folder import write_model_folder
 from train.plan import Fit, warn_if_too_big
 from train.records import read_state
 from train.resume import Origin, find_origin
-from train.schedule import Schedule
+from train.schedule import Schedule, decay_start
 from train.settings import RunSettings
 
 Known = TypeVar("Known")
@@ -236,13 +236,15 @@ class Stage:
         before, settings = self.state.get("settings"), self.settings
         if before is None or before["tokens"] == settings.tokens or before["schedule"]["name"] != "wsd":
             return
-        start = (before["tokens"] - before["schedule"]["decay"]) // before["batch_tokens"]
-        if self.state["step"] > start:
-            kept = self.run.checkpoints / f"step-{start:07d}"
-            self.console.warn(
-                f"the learning rate had been decaying since step {start:,} and now rises again; to go on from before "
-                f"the decay: --resume {kept}"
-            )
+        batch = before["batch_tokens"]
+        start = decay_start(before["tokens"], batch, before["schedule"]["decay"]) // batch
+        if self.state["step"] <= start:
+            return
+        steps = checkpoint.steps_in(self.run.checkpoints)
+        earlier = [self.run.checkpoints / f"step-{step:07d}" for step in steps if step <= start]
+        kept = [path for path in earlier if checkpoint.kept_for_good(path)]
+        way_out = f"; to go on from before the decay: --resume {kept[-1]}" if kept else ""
+        self.console.warn(f"the learning rate had been decaying since step {start:,} and now rises again{way_out}")
 
     def _end(self, stopped: signal.Signals | None) -> None:
         progress, run, say = self.progress, self.run, self.console.say

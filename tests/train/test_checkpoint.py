@@ -48,7 +48,7 @@ def save(checkpoints: Checkpoints, step: int, seed: int = 0) -> Path:
 def test_everything_comes_back_exactly(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path, keep=2), 7)
     engine, other = make(0), make(1)
-    assert load(path, other.tensors_to_load) == {"step": 7, "tokens": 70}
+    assert load(path, other.tensors_to_load) == {"step": 7, "kept": False, "tokens": 70}
     before, after = engine.tensors(), other.tensors()
     assert before.keys() == after.keys()
     assert len([name for name in before if name.startswith("optimizer.")]) == 3 * 6
@@ -74,6 +74,14 @@ def test_the_newest_stay_and_some_for_good(tmp_path: Path) -> None:
         save(checkpoints, step)
     assert steps_in(checkpoints.folder) == [4, 8, 9, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:07d}" for step in (4, 8, 9, 10)]
+
+
+def test_what_was_kept_for_good_stays_whatever_a_later_run_would_keep(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, keep=1, keep_for_good=lambda step: step == 1), 1)
+    later = Checkpoints(tmp_path, keep=1)
+    for step in (2, 3):
+        save(later, step)
+    assert steps_in(tmp_path) == [1, 3]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "no state", "no checksums"])

@@ -146,6 +146,8 @@ def test_resume_from_a_path_goes_back_or_forks(train, corpus, micro_model, capsy
     train(*words, *back)  # given again, the same command does not go back again
     starts = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "start" in line]
     assert json.loads(starts[-1])["step"] == 12
+    shutil.rmtree(run / "checkpoints" / "step-0000008")  # as a longer run does with old ones
+    train(*words, *back)
     with pytest.raises(SystemExit):
         train(*words, "--resume", fork / "checkpoints" / "step-0000012")
     assert "has checkpoints of its own" in capsys.readouterr().err
@@ -175,9 +177,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, corpu
 def test_a_larger_budget_after_the_decay_is_warned_of(train, corpus, micro_model, capsys) -> None:
     words = ("--init", micro_model, "--data", corpus, "--batch-tokens", 256, "--seq-len", 32, "--eval.every", "0")
     words += ("--loader.streams", "8")
-    run = train(*words, "--tokens", 10 * 256)
-    train(*words, "--tokens", 20 * 256)
-    assert f"--resume {run / 'checkpoints' / 'step-0000008'}" in capsys.readouterr().out
+    run = train(*words, "--tokens", 10 * 256 - 100)  # whose last batch is filled up
+    for tokens in (20 * 256, 40 * 256):
+        train(*words, "--tokens", tokens, "--checkpoint.keep", 1)
+    kept = run / "checkpoints" / "step-0000008"
+    assert (
+        f"since step 8 and now rises again; to go on from before the decay: --resume {kept}" in capsys.readouterr().out
+    )
+    assert kept.exists()
+    train(*words, "--tokens", 12 * 256, "--resume", kept, name="branch")
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(train, corpus, micro_model) -> None:
