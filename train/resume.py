@@ -13,7 +13,7 @@ from common.settings import differences, read_yaml
 from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.records import read_state
-from train.settings import Run, RunSettings
+from train.settings import PretrainSettings, Run, RunSettings
 
 Settings = TypeVar("Settings")
 
@@ -92,8 +92,19 @@ def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], Non
             raise UserError(f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run")
         return Origin(checkpoint=newest, verified=True)
     if stored is None:
-        shutil.rmtree(run.tokenizer, ignore_errors=True)  # left by a start with other settings that made no checkpoint
+        _set_tokenizer_aside(run, settings)
     return Origin(init=Path(init) if init else None)
+
+
+def _set_tokenizer_aside(run: RunFolder, settings: RunSettings) -> None:
+    """Rename a tokenizer that stands where the run's will: it may be of a start with other settings, or the user's."""
+    named = settings.tokenizer if isinstance(settings, PretrainSettings) else None
+    if named is not None and Path(named).expanduser().absolute() == run.tokenizer.absolute():
+        return
+    if run.tokenizer.exists():
+        aside = run.tokenizer.with_name(f"superseded-{run.tokenizer.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        run.tokenizer.rename(aside)
 
 
 def _asked_for(settings: RunSettings, run: RunFolder) -> Path | None:
@@ -103,11 +114,13 @@ def _asked_for(settings: RunSettings, run: RunFolder) -> Path | None:
     """
     if settings.resume in ("auto", "never"):
         return None
+    asked = Path(settings.resume)
     if run.config.exists() and read_yaml(run.config).get("resume") == settings.resume:
         steps = checkpoint.steps_in(run.checkpoints)
-        if steps and steps[-1] > read_state(Path(settings.resume))["step"]:
+        # A run that has gone on from it may have removed it, as it does with old ones.
+        if steps and (not asked.exists() or steps[-1] > read_state(asked)["step"]):
             return None
-    return Path(settings.resume)
+    return asked
 
 
 def _stored_settings(settings: RunSettings, run: RunFolder) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ Imports neither torch nor lightning: ``--help`` reads this module.
 import datetime
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,6 +40,9 @@ MUON_RATE = 0.2
 follow (docs/log.md). By the root of the width, which alone would keep the largest singular value of an update (Yang et
 al., arXiv:2310.17813), it comes out too high for wide models, in inverse proportion too low."""
 
+RUNS = Path("runs")
+"""Where runs live that are given a name."""
+
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp", "deepspeed-2", "deepspeed-3", "deepspeed-3-offload"]
 
 
@@ -52,6 +56,12 @@ class ModelSettings:
     """RMSNorm on queries and keys (exported as Qwen3; without it as Llama). Default: the size's."""
     z_loss: float = 0.0
     """Weight of the squared log-partition in the loss (PaLM uses 1e-4)."""
+
+    def __post_init__(self) -> None:
+        if self.vocab is not None and self.vocab < 1:
+            raise ValueError("--model.vocab must be at least 1")
+        if self.z_loss < 0:
+            raise ValueError(f"--model.z-loss must not be negative, not {self.z_loss}")
 
 
 @dataclass
@@ -105,6 +115,10 @@ class ScheduleSettings:
     """Tokens of decay at the end (wsd). Default: 20% of the run."""
     final: float | None = None
     """Rate at the end, relative to the peak. Default: 0 (wsd), 0.1 (cosine)."""
+
+    def __post_init__(self) -> None:
+        if self.final is not None and not 0 <= self.final <= 1:
+            raise ValueError(f"--schedule.final must be from 0 to 1, not {self.final}")
 
 
 class ScoreInLoop:
@@ -184,7 +198,8 @@ class HealthSettings:
     """When a step is not taken. A step whose loss or gradient norm is not finite never is."""
 
     spike: float = field(default=6.0, metadata=MAY_CHANGE)
-    """Skip a step whose gradient norm is so many standard deviations above its running mean; 0: never."""
+    """Skip a step whose gradient norm is so many standard deviations above its running mean; 0: never, as always under
+    DeepSpeed."""
     patience: int = field(default=20, metadata=MAY_CHANGE)
     """Stop the run after so many skipped steps in a row."""
 
@@ -221,7 +236,7 @@ class RunSettings:
     """Tokens in a global batch. Default: grows with the root of the budget, 2^12 to 2^20; with --init and --teacher so
     small that there are 128 steps."""
     run: str | None = field(default=None, metadata=MAY_CHANGE)
-    """Name (under runs/) or path of the run folder. Default: the size and the date, or the SLURM job."""
+    """Name (under runs/) or path of the run folder. Default: the size and the date of its start, or the SLURM job."""
     resume: str = field(default="auto", metadata=MAY_CHANGE)
     """auto: go on from the run's newest good checkpoint; never: refuse a run that exists; or a checkpoint's path."""
     seed: int = 0
@@ -411,6 +426,8 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
         eval=replace(settings.eval, every=every, tokens=held_out),
     )
     resolved = resolve_run(resolved, world)
+    if resolved.eval.scores is not None and not every:
+        raise UserError("--eval.scores scores at an evaluation, of which --eval.every 0 has none")
     if resolved.eval.scores is not None and settings.strategy.startswith("deepspeed-3"):
         raise UserError(f"--eval.scores needs whole weights, which --strategy {settings.strategy} has not; use fsdp")
     if resolved.eval.scores is not None and settings.lora.rank is not None:
@@ -487,8 +504,12 @@ def resolve_run(settings: Run, world: int) -> Run:
     if settings.micro_batch is not None:
         check_micro_batch(settings.micro_batch, share)
     warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
-    if warmup > tokens:
-        raise UserError(f"--schedule.warmup {warmup} is longer than the run of {tokens} tokens")
+    decay = schedule.decay if schedule.decay is not None else Count(tokens // 5)
+    if warmup + (decay if schedule.name == "wsd" else 0) > tokens:
+        raise UserError(
+            f"the warm-up of {warmup:,} tokens and the decay of {decay:,} do not fit into the run of {tokens:,}; give "
+            "smaller ones with --schedule.warmup and --schedule.decay"
+        )
     save = settings.checkpoint.every or min(1000, max(10, math.ceil(tokens / batch) // 20))
     optimizer = settings.optimizer
     return replace(
@@ -497,7 +518,7 @@ def resolve_run(settings: Run, world: int) -> Run:
         schedule=replace(
             schedule,
             warmup=warmup,
-            decay=schedule.decay if schedule.decay is not None else Count(tokens // 5),
+            decay=decay,
             final=schedule.final if schedule.final is not None else {"wsd": 0.0, "cosine": 0.1}[schedule.name],
         ),
         checkpoint=replace(settings.checkpoint, every=save),
@@ -527,14 +548,30 @@ def default_batch_tokens(tokens: int) -> int:
 
 def run_name(settings: TrainSettings) -> str:
     """The name given, or one of the size."""
-    return settings.run or dated_name(settings.size or (Path(settings.init).name if settings.init else "125m"))
+    return settings.run or dated_name(subject(settings))
+
+
+def subject(settings: TrainSettings) -> str:
+    """What a run without a name is called after: the size, or the weights that it starts from."""
+    return settings.size or (Path(settings.init).name if settings.init else "125m")
 
 
 def dated_name(subject: str) -> str:
-    """The subject and the SLURM job, which a requeued job keeps, or else the date."""
-    return f"{subject}-{os.environ.get('SLURM_JOB_ID') or datetime.date.today().isoformat()}"
+    """The subject and the SLURM job, which a requeued job keeps, or else a date.
+
+    Today's; but that of the newest such run where it is not finished, so that the same command goes on with it after
+    midnight, too.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:
+        return f"{subject}-{job}"
+    dated = re.compile(re.escape(subject) + r"-\d{4}-\d\d-\d\d")
+    there = sorted(path for path in RUNS.glob("*") if dated.fullmatch(path.name) and (path / "config.yaml").exists())
+    if there and not (there[-1] / "model").exists():
+        return there[-1].name
+    return f"{subject}-{datetime.date.today().isoformat()}"
 
 
 def run_path(name: str) -> Path:
     """Where a run lives: what has a slash or is ``.`` is a path, a plain name lies under ``runs/``."""
-    return Path(name).expanduser() if "/" in name or name == "." else Path("runs") / name
+    return Path(name).expanduser() if "/" in name or name == "." else RUNS / name

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from common.run_folder import RunFolder
 from data.prepare import prepare
 from data.sources import open_source
 from tests.conftest import kill_and_resume
+from train.resume import find_origin
+from train.settings import TrainSettings
 
 STEPS = 40
 RUN = f"""
@@ -83,3 +86,14 @@ def test_a_signal_before_the_first_step_is_survived(corpus, micro_model, tmp_pat
     ends = run(folder, corpus, micro_model, [{"step": 0, "signal": "SIGUSR1", "argv": []}, {"argv": []}])
     assert ends[0]["codes"][0] in (128 + 10, -10)  # -10: it struck before Python ran the first line
     assert ends[1]["codes"] == [0]
+
+
+def test_a_tokenizer_that_stands_where_the_runs_will_is_never_lost(tokenizer, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.tokenizer.mkdir()
+    tokenizer.copy_to(run.tokenizer)
+    find_origin(TrainSettings(tokenizer=str(run.tokenizer)), run, print, None)
+    assert (run.tokenizer / "tokenizer.json").exists()  # named: it will be the run's
+    find_origin(TrainSettings(), run, print, None)
+    assert not run.tokenizer.exists()
+    assert (tmp_path / "superseded-tokenizer" / "tokenizer.json").exists()

@@ -1,3 +1,4 @@
+import datetime
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,15 @@ def test_the_batch_grows_with_the_root_of_the_budget() -> None:
         ("--checkpoint.keep 0", "--checkpoint.keep"),
         ("--log.every 0", "--log.every must be at least 1"),
         ("--optimizer.beta1 2", "below 1, not 2"),
-        ("--size tiny --tokens 1M --schedule.warmup 1B", "longer than the run"),
+        ("--size tiny --tokens 1M --schedule.warmup 1B", "do not fit into the run"),
+        (
+            "--size tiny --tokens 1M --schedule.warmup 500k --schedule.decay 600k",
+            "the decay of 600,000",
+        ),
+        ("--schedule.final -1", "from 0 to 1"),
+        ("--model.z-loss -1", "not be negative"),
+        ("--model.vocab 0", "--model.vocab must be at least 1"),
+        ("--eval.scores quick@every=1M --eval.every 0", "of which --eval.every 0 has none"),
         ("--init /no/such/model", "no model folder"),
         ("--data a=1,a=2", "stands twice"),
     ],
@@ -64,6 +73,19 @@ def test_init_decides_the_shape(micro_model: Path) -> None:
     assert model_config(parse(TrainSettings, ["--init", str(micro_model)], prog="", description="")).width == 32
     with pytest.raises(UserError, match="but --size tiny is"):
         read("--init", str(micro_model), "--size", "tiny")
+
+
+def test_the_same_command_goes_on_after_midnight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    today = f"1b-{datetime.date.today()}"
+    for name in ("1b-2026-01-01", "1b-2026-01-02", "1b-2026-01-02-101112", "11b-2026-01-03"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    assert run_name(TrainSettings(size="1b")) == "1b-2026-01-02"
+    (tmp_path / "runs" / "1b-2026-01-02" / "model").mkdir()
+    assert run_name(TrainSettings(size="1b")) == today  # the last one is finished
+    assert run_name(TrainSettings(size="tiny")) == f"tiny-{datetime.date.today()}"
 
 
 def test_a_run_is_named_or_placed(monkeypatch: pytest.MonkeyPatch) -> None:
