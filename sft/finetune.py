@@ -82,7 +82,7 @@ def _finetune(
     stage.check_data(fingerprints)
     adapters = student.adapters(stage, known(settings.model))
     if run.writes and not stage.state:
-        student.require_space(run.path)
+        student.require_space(run, stage.settings)
         with new_folder(run.tokenizer) as temporary:
             renderer.write(temporary)
     job.barrier()

@@ -100,7 +100,7 @@ def _pretrain(stage: Stage, student: Student, teacher: Teacher | None) -> signal
     settings, config, run, job, console = stage.settings, stage.shape, stage.run, stage.job, stage.console
     assert isinstance(settings, TrainSettings)
     if job.rank == 0:
-        student.require_space(run.path)
+        student.require_space(run, settings)
 
     # Data: rank 0 first, for it fills the caches and trains the tokenizer
     with job.rank_zero_first():

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from common.files import require_space
+from common.run_folder import RunFolder
 from models.foreign import Architecture, Foreign
 from models.transformer import Transformer
 from train import float8, lora
+from train.checkpoint import steps_in
 from train.device import compiles
 from train.engine import Values
 from train.learning import LoraSettings
+from train.plan import checkpoint_bytes
+from train.settings import RunSettings
 from train.stage import Stage
 
 
@@ -69,17 +73,25 @@ class Student:
             lora.check_base(folder, stage.state["lora"]["digest"])
         return {"base": str(folder.absolute()), "digest": digest, "scale": self.lora.scale}
 
-    def require_space(self, path: Path) -> None:
+    def require_space(self, run: RunFolder, settings: RunSettings) -> None:
         """UserError when the disk lacks the room for a run's checkpoints and its model folder.
 
-        Weights and two moments of what is trained in fp32, for three checkpoints, one kept for good and one new; the
-        model. What the run has there already counts, but for one checkpoint and the model, which are written anew.
+        The newest checkpoints that stay, one kept for good and one new; the model. What the run has there already
+        counts, but for one checkpoint and the model, which are written anew.
         """
-        trained = self.trainable or self.parameters
-        there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        model = 4 * self.parameters
-        needed = max(5 * 12 * trained + model - there, 12 * trained + model)
-        require_space(path, needed, "this run (five checkpoints and the model)")
+        size, model = self._checkpoint_bytes(settings.optimizer.name), 4 * self.parameters
+        count = settings.checkpoint.keep + 2
+        folders = [*(run.checkpoints / f"step-{step:07d}" for step in steps_in(run.checkpoints)), run.model]
+        there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+        require_space(
+            run.path, max(count * size + model - there, size + model), f"this run ({count} checkpoints and the model)"
+        )
+
+    def _checkpoint_bytes(self, optimizer: str) -> int:
+        """Of a checkpoint's tensors: weights in fp32, and what the optimiser keeps of those that are trained."""
+        if self.trainable is None and self.architecture.own is not None:
+            return checkpoint_bytes(self.architecture.own, optimizer)
+        return 12 * (self.trainable or self.parameters)  # AdamW's two moments
 
     def _plain(self, frozen: torch.dtype) -> Transformer | Foreign:
         raw = self.architecture.build()
