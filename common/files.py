@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from common.errors import UserError
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step (temporary file, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with readable_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -38,6 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary folder is a hidden sibling, so what a killed process left is never mistaken for the
     real one, and is removed by the next attempt.
     """
+    path = path.absolute()  # ``.`` has no name
     temporary = path.with_name(f".{path.name}.tmp")
     replaced = path.with_name(f".{path.name}.old")
     with readable_disk_errors(path):
@@ -98,6 +99,18 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
             raise UserError(f"{what} is in use by another process; wait for it or choose another folder") from error
         except OSError:
             pass  # a file system without locks
+        yield
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for ``path``, a folder of a cache that the first one fills."""
+    with readable_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8")  # noqa: SIM115  (closed below)
+    with lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

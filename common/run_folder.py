@@ -144,8 +144,9 @@ class RunFolder:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a JSON lines file, if there is one; the last line may have been cut by a kill."""
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    """The whole lines of a JSON lines file, if there is one; the last may have been cut, in the middle of a character
+    even."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         with suppress(ValueError):
             yield line, json.loads(line)
 

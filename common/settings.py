@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_type_hints
@@ -46,7 +47,7 @@ class Count(int):
         match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgGtT]?)\s*", str(value))
         if match is None:
             raise ValueError(f"{value!r} is not a count; write it like 131072, 2e9, 500M or 1.5B")
-        number = float(match[1].replace("_", "")) * cls._SCALE[match[2].lower()]
+        number = Decimal(match[1].replace("_", "")) * cls._SCALE[match[2].lower()]  # 2.01M is no whole number in floats
         if number != int(number):
             raise ValueError(f"{value!r} is not a whole number")
         return cls(int(number))

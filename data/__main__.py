@@ -49,8 +49,10 @@ def _tokenizer(argv: list[str]) -> None:
     )
     from data.prepared import PreparedSource
     from data.sources import Corpus
-    from data.tokenizer import bytes_per_token, sample_texts, train_tokenizer
+    from data.tokenizer import bytes_per_token, check_replaceable, sample_texts, train_tokenizer
 
+    out = Path(settings.out)
+    check_replaceable(out)
     console = Console()
     console.settings("train a tokenizer", to_dict(settings))
     corpus = Corpus.open(settings.data)
@@ -58,7 +60,7 @@ def _tokenizer(argv: list[str]) -> None:
         raise UserError(f"{settings.data} holds tokens, not text; its own tokenizer is in its folder tokenizer/")
     texts = list(sample_texts(corpus, settings.sample_bytes))
     console.say(f"sample: {len(texts):,} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB")
-    tokenizer = train_tokenizer(texts, settings.vocab, Path(settings.out))
+    tokenizer = train_tokenizer(texts, settings.vocab, out)
     for language, (rate, on) in bytes_per_token(tokenizer, texts[:: len(texts) // 1000 + 1]).items():
         console.say(f"{rate:.2f} bytes a token in {language} ({on})")
     console.say(f"tokenizer: {settings.out} ({tokenizer.vocab_size:,} tokens)")

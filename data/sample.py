@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import cache_folder, new_folder
+from common.files import cache_folder, new_folder, turn
 
 PACKAGES = ("numpy", "pandas", "datasets", "tokenizers", "lightning", "rich")
 """Installed packages whose documentation is read beside the standard library's."""
@@ -34,8 +34,9 @@ def sample_folder() -> Path:
     versions = [sys.version.split()[0], *(f"{name} {_version(name)}" for name in PACKAGES)]
     digest = hashlib.blake2b("\n".join(versions).encode(), digest_size=6).hexdigest()
     folder = cache_folder() / f"sample-{digest}"
-    if not folder.exists():
-        _write(folder)
+    with turn(folder):
+        if not folder.exists():
+            _write(folder)
     return folder / "en"
 
 

@@ -18,7 +18,7 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
-from common.files import new_folder, write_json
+from common.files import new_folder, turn, write_json
 from data.chat import CHAT_TEMPLATE
 from data.packing import Array
 from data.sources import Corpus, DamagedShardError, TextSource, held_out, lines, text_of
@@ -27,6 +27,9 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|turn_end|>")
 SPECIAL = (PAD, BEGIN, END, *ROLES, *(f"<|reserved_{number}|>" for number in range(9)))
 """Tokens that text never encodes to, ids 0 to 15; the reserved ones can be renamed later."""
+
+FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+"""Of a tokenizer folder."""
 
 SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 """A word with at most one leading mark or space, one digit, a run of marks, or white space."""
@@ -109,8 +112,11 @@ class Tokenizer:
         return xxhash.xxh3_64_hexdigest((self.folder / "tokenizer.json").read_bytes())
 
     def encode_documents(self, texts: list[str]) -> list[Array]:
-        """Ids of each text between begin and end; no ids at all for an empty text."""
-        opening = [] if self.begin is None else [self.begin]
+        """Ids of each text between begin and end; no ids at all for an empty text.
+
+        Where one token is both, as in GPT-2's, only the end is written: two of them would be a document of nothing.
+        """
+        opening = [] if self.begin in (None, self.end) else [self.begin]
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [
             np.array([*opening, *one.ids, self.end] if text else [], dtype=self.dtype)
@@ -127,7 +133,7 @@ class Tokenizer:
 
     def copy_to(self, folder: Path) -> None:
         """Copy the tokenizer's files into an existing folder."""
-        for pattern in ("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"):
+        for pattern in FILES:
             for file in self.folder.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
 
@@ -143,18 +149,28 @@ def find_tokenizer(name: str, cache: Path) -> Tokenizer:
             f"{name} holds no tokenizer.json; give a tokenizer's folder, a model folder or ORG/NAME on the hub"
         )
     kept = cache / "tokenizers" / name.replace("/", "--")
-    if not (kept / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        try:
-            found = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the tokenizer {name} is no folder here and cannot be had from the hub: {error}"
-            ) from error
-        with new_folder(kept) as temporary:
-            found.save_pretrained(temporary)
+    with turn(kept):
+        if not (kept / "tokenizer.json").exists():
+            _download(name, kept)
     return Tokenizer(kept)
+
+
+def _download(name: str, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer {name} is no folder here and cannot be had from the hub: {error}") from error
+    with new_folder(folder) as temporary:
+        found.save_pretrained(temporary)
+
+
+def check_replaceable(out: Path) -> None:
+    """UserError when ``out`` holds anything but a tokenizer, which writing one there would remove."""
+    strangers = [path.name for path in sorted(out.glob("*")) if not any(map(path.match, FILES))]
+    if strangers:
+        raise UserError(f"{out} holds {strangers[0]}, which no tokenizer has; choose another --out")
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:

@@ -1,11 +1,13 @@
 import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from common.files import gigabytes, new_folder, readable_disk_errors, require_space, write_text
+from common.files import gigabytes, new_folder, readable_disk_errors, require_space, turn, write_text
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -33,6 +35,36 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_folder(target):
         raise RuntimeError
     assert (target / "a").read_text() == "one"
+
+
+def test_the_folder_that_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(Path()) as folder:
+        (folder / "a").touch()
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["a"]
+
+
+def test_a_cache_is_filled_by_one_process_at_a_time(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def fill() -> None:
+        with turn(tmp_path / "cache"):
+            seen.append((tmp_path / "cache").exists())
+            if not seen[-1]:
+                with new_folder(tmp_path / "cache"):
+                    time.sleep(0.05)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(fill) for _ in range(4)]:
+            done.result()
+    assert seen == [False, True, True, True]
+
+
+def test_a_path_below_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_text(tmp_path / "plain" / "file", "text")
 
 
 def test_text_is_replaced_in_one_step(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from data.tokenizer import (
     SPECIAL,
     Tokenizer,
     bytes_per_token,
+    check_replaceable,
     find_tokenizer,
     sample_texts,
     train_tokenizer,
@@ -41,6 +42,23 @@ def test_documents_are_closed_and_empty_ones_have_no_tokens(tokenizer: Tokenizer
     full, empty = tokenizer.encode_documents(["know", ""])
     assert full.tolist() == [tokenizer.begin, *tokenizer.encode("know"), tokenizer.end]
     assert empty.tolist() == []
+
+
+def test_a_token_that_begins_and_ends_documents_is_written_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.copy_to(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": END}))
+    [ids] = Tokenizer(tmp_path).encode_documents(["know"])
+    assert ids.tolist() == [*tokenizer.encode("know"), tokenizer.end]
+
+
+def test_only_a_tokenizer_is_replaced_by_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "new")
+    tokenizer.copy_to(tmp_path)
+    check_replaceable(tmp_path)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no tokenizer has"):
+        check_replaceable(tmp_path)
 
 
 def test_digits_stand_alone(tokenizer: Tokenizer) -> None:

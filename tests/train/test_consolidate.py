@@ -54,3 +54,10 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_is_no_model_folder_is_not_replaced(run: Path) -> None:
+    done = forked().run("train.py", "consolidate", run, "--out", run)
+    assert done.returncode == 2
+    assert "is there already and holds no palmtop.json" in done.stderr
+    assert (run / "checkpoints").exists()
