@@ -43,6 +43,11 @@ class Job:
     validation: bool
     skip_bad_shards: bool
 
+    @property
+    def stems(self) -> list[str]:
+        """The names of its files: the shard's, and where documents are held out those of their own."""
+        return [self.stem, *([self.stem.replace("train", "validation")] if self.holds_out else [])]
+
 
 def prepare(
     source: TextSource, tokenizer: Tokenizer, out: Path, *, workers: int, skip_bad_shards: bool = False
@@ -60,7 +65,7 @@ def prepare(
             Job(shard, stem, out, tokenizer.folder, source.holds_out, stem.startswith("validation"), skip_bad_shards)
             for stem, shard in _stems(source)
         ]
-        todo = [job for job in jobs if not _record(out, job.stem).exists()]
+        todo = [job for job in jobs if not all(_record(out, stem).exists() for stem in job.stems)]
         for job in jobs:
             if job not in todo:
                 yield json.loads(_record(out, job.stem).read_text())
@@ -135,7 +140,7 @@ def _write_shard(job: Job) -> dict[str, Any]:
     """Tokenise one shard; returns its record, which is written last and makes it count as done."""
     tokenizer = Tokenizer(job.tokenizer)
     kept = _Writer(job.out, job.stem, tokenizer.dtype)
-    aside = _Writer(job.out, job.stem.replace("train", "validation"), tokenizer.dtype) if job.holds_out else None
+    aside = _Writer(job.out, job.stems[1], tokenizer.dtype) if job.holds_out else None
     damage = None
     reader = enumerate(lines(job.shard), 1)
     while True:
@@ -217,8 +222,7 @@ def _write_manifest(out: Path, source: TextSource, jobs: list[Job]) -> None:
     """List all shards; its presence says that the folder is complete."""
     shards: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
     for job in jobs:
-        stems = [job.stem, *([job.stem.replace("train", "validation")] if job.holds_out else [])]
-        for stem in stems:
+        for stem in job.stems:
             record = json.loads(_record(out, stem).read_text())
             shards[stem.partition("-")[0]].append(record)
     totals = {name: sum(record[name] for record in shards["train"]) for name in ("documents", "tokens", "text_bytes")}

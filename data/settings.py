@@ -96,6 +96,10 @@ class TokenizerSettings:
     sample_bytes: Count = option(Count(100_000_000))
     """Bytes of text to train on, taken from all shards in turn."""
 
+    def __post_init__(self) -> None:
+        if self.sample_bytes < 1:
+            raise ValueError("--sample-bytes must be at least 1")
+
 
 @dataclass
 class PrepareSettings:
@@ -113,3 +117,9 @@ class PrepareSettings:
     """Take only the first so many training shards, for a smaller corpus."""
     skip_bad_shards: bool = False
     """Keep what is readable of a damaged shard and count it, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers must be at least 0, not {self.workers}")
+        if self.shards is not None and self.shards < 1:
+            raise ValueError(f"--shards must be at least 1, not {self.shards}")

@@ -111,6 +111,18 @@ def test_a_damaged_shard_is_named_with_the_way_out(corpus: Path, tmp_path: Path,
         Loader(order).take(300)
 
 
+def test_files_that_were_removed_are_written_again(tmp_path: Path, tokenizer) -> None:
+    """As the message about a damaged shard says, also for held-out documents, which lie in a shard of their own."""
+    text = write_corpus(tmp_path / "text", [[f"words of {n}" for n in range(3000)]], [])
+    out = tmp_path / "out"
+    list(prepare(open_source(str(text)), tokenizer, out, workers=0))
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    for path in [*out.glob("validation-00000.*"), out / "manifest.json"]:
+        path.unlink()
+    list(prepare(open_source(str(text)), tokenizer, out, workers=0))
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+
+
 def test_damaged_text_stops_or_is_counted(tmp_path: Path, tokenizer) -> None:
     folder = write_corpus(tmp_path / "text", [[f"words of {n}" for n in range(3000)] for _ in range(2)], ["v"])
     shard = sorted((folder / "en").glob("c4-train*"))[1]
