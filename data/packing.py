@@ -59,7 +59,7 @@ def make_batch(rows: Array, end: int, layout: Layout = "packed") -> Batch:
     np.cumsum(steps, out=steps)
     if layout == "padded":
         targets[:, -1] = IGNORE  # of a document that was cut it would be the filling
-        # A row is one document to the model, which takes the faster attention: nothing looks at the filling.
+        # A row is one document to the model: nothing looks at the filling, which comes last.
         positions[:] = np.arange(positions.shape[1])
     return Batch(inputs, targets, positions)
 

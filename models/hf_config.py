@@ -5,6 +5,8 @@ former and silently falls back to other values without it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
     if foreign:
         raise UserError(f"{folder} uses {', '.join(foreign)}, which this transformer does not have")
     rope = values.get("rope_parameters") or {}
-    try:
+    with _readable(folder):
         return ModelConfig(
             layers=values["num_hidden_layers"],
             width=values["hidden_size"],
@@ -95,14 +97,12 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
             rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
             norm_eps=values.get("rms_norm_eps", 1e-6),
         )
-    except KeyError as missing:
-        raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
 
 
 def nearest_shape(values: dict[str, Any], folder: Path) -> ModelConfig:
     """The shape of ours that comes nearest to a foreign ``config.json``, for estimates: biases are left out."""
     kind = values.get("model_type")
-    try:
+    with _readable(folder):
         heads, feed_forward = values["num_attention_heads"], values["intermediate_size"]
         return ModelConfig(
             layers=values["num_hidden_layers"],
@@ -116,8 +116,17 @@ def nearest_shape(values: dict[str, Any], folder: Path) -> ModelConfig:
             tied=values.get("tie_word_embeddings", False),
             qk_norm=kind == "qwen3",
         )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """UserError for a ``config.json`` that lacks something, or holds what no model can be."""
+    try:
+        yield
     except KeyError as missing:
         raise UserError(f"{folder / 'config.json'} has no {missing}") from missing
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / 'config.json'} describes no model: {error}") from error
 
 
 def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:

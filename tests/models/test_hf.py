@@ -9,7 +9,7 @@ import transformers
 
 from common.errors import UserError
 from models import hf
-from models.hf_config import from_config, read_config, to_config
+from models.hf_config import from_config, nearest_shape, read_config, to_config
 from models.sizes import ModelConfig
 from models.transformer import Transformer
 
@@ -117,6 +117,22 @@ def test_a_foreign_config_is_refused(changes: dict[str, object], message: str) -
     values = to_config(CONFIG, bos=1, eos=2, pad=None) | changes
     with pytest.raises(UserError, match=message):
         from_config(values, Path("folder"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5, "num_key_value_heads": 2}, "5 query heads cannot share 2 key/value heads"),
+        ({"num_attention_heads": 0, "head_dim": None}, "describes no model"),
+        ({"hidden_size": "wide", "head_dim": None}, "describes no model"),
+        ({"vocab_size": 0}, "vocab of at least 1"),
+    ],
+)
+def test_a_config_of_no_possible_model_is_explained(changes: dict[str, object], message: str) -> None:
+    values = to_config(CONFIG, bos=1, eos=2, pad=None) | changes
+    for read in (from_config, nearest_shape):
+        with pytest.raises(UserError, match=message):
+            read(values, Path("folder"))
 
 
 def test_a_config_without_a_field_names_it() -> None:
