@@ -19,6 +19,7 @@ from common.console import Console, duration
 from common.errors import UserError
 from common.files import exclusive, readable_disk_errors
 from pipeline.settings import Recipe
+from pipeline.slurm import refuse_beside_jobs
 from pipeline.stages import Task
 from pipeline.state import FOLDER, State
 from pipeline.table import closing
@@ -33,11 +34,12 @@ def run_recipe(recipe: Recipe, every: Sequence[Task]) -> None:
     """Run what is not done yet, and show what came of all.
 
     Raises:
-        UserError: a stage refused its settings or inputs, failed, or another process runs this recipe.
+        UserError: a stage refused its settings or inputs, failed, or another process or SLURM job runs this recipe.
         SystemExit: a signal came; with 128 + its number. The stage has been sent it and has ended.
     """
     console = Console()
     with exclusive(recipe.folder / FOLDER, f"the recipe's folder {recipe.folder}"):
+        refuse_beside_jobs(recipe)
         state = State(recipe.folder, every)
         began = time.monotonic()
         for number, task in enumerate(every, 1):

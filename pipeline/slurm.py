@@ -36,7 +36,7 @@ def submit(recipe: Recipe, every: Sequence[Task]) -> None:
         raise UserError("--slurm needs sbatch on the PATH: run this on a login node of a SLURM cluster")
     folder = recipe.folder / FOLDER
     with exclusive(folder, f"the recipe's folder {recipe.folder}"):
-        _refuse_second(folder / "jobs.json", recipe)
+        refuse_beside_jobs(recipe)
         _submit(recipe, every, folder)
 
 
@@ -106,10 +106,12 @@ def _script(recipe: Recipe, task: Task, written: Path, code: Path) -> Script:
     )
 
 
-def _refuse_second(path: Path, recipe: Recipe) -> None:
-    """Jobs of the same stages would fight for their folders."""
+def refuse_beside_jobs(recipe: Recipe) -> None:
+    """Raise a UserError while jobs of the recipe wait or run: two at work on a stage would fight for its folder."""
+    if shutil.which("squeue") is None:  # no cluster: the folder was copied from one
+        return
     try:
-        jobs = json.loads(path.read_text(encoding="utf-8"))
+        jobs = json.loads((recipe.folder / FOLDER / "jobs.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     alive = ask("squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs.values())}").stdout.split()

@@ -11,6 +11,7 @@ import pytest
 from common.errors import UserError
 from pipeline import job, stages
 from pipeline.recipe import read_recipe
+from pipeline.run import run_recipe
 from pipeline.slurm import submit
 from pipeline.stages import tasks
 from tests.conftest import ROOT
@@ -103,6 +104,20 @@ def test_a_recipe_s_jobs_are_submitted_once(site: Path) -> None:
     Path("queue").write_text("102\n103\n")
     with pytest.raises(UserError, match="jobs 102, 103 of runs/path wait in the queue or run"):
         submitted()
+
+
+def test_a_recipe_is_not_run_here_beside_its_jobs(site: Path, monkeypatch) -> None:
+    submitted()
+    Path("queue").write_text("102\n103\n")
+    recipe = read_recipe(Path("path.yaml"))
+    with pytest.raises(UserError, match="jobs 102, 103 of runs/path wait in the queue or run"):
+        run_recipe(recipe, tasks(recipe))
+    assert not Path("runs/path/one").exists()
+    Path("queue").unlink()
+    run_recipe(recipe, tasks(recipe))
+    assert Path("runs/path/three/result").read_text() == "0123"
+    monkeypatch.setenv("PATH", "/nowhere")
+    run_recipe(recipe, tasks(recipe))
 
 
 def test_what_is_done_is_not_submitted_and_what_turns_out_to_be_ends_at_once(site: Path, monkeypatch, capsys) -> None:
