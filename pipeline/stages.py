@@ -80,7 +80,7 @@ def _prune(folder: Path, settings: Any) -> Place:
 
 
 def _prune_defaults(folder: Path, given: Mapping[str, str]) -> dict[str, str]:
-    recovers = given.get("recover", "false") == "true"
+    recovers = KINDS["pruning"].parse(given).recover
     return {"out": str(folder / "cut")} | ({"recovery.run": str(folder / "recovered")} if recovers else {})
 
 
@@ -251,5 +251,6 @@ def inputs(task: Task, others: Sequence[Task]) -> dict[str, tuple[Path, tuple[st
         )
         found[one.name] = (one.place.result, one.kind.parts, inside)
     own = (task.place.result, task.place.run, task.place.whole)
-    found |= {str(path): (path, (), ()) for path in task.paths if path not in own and path.exists()}
+    # What is no path may be too long for one, at which Path.exists raises.
+    found |= {str(path): (path, (), ()) for path in task.paths if path not in own and os.path.exists(path)}
     return found

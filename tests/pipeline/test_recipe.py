@@ -9,7 +9,7 @@ from common.errors import UserError
 from pipeline.plan import plan
 from pipeline.recipe import read_recipe, to_yaml
 from pipeline.settings import Recipe, Stage
-from pipeline.stages import tasks
+from pipeline.stages import inputs, tasks
 from tests.conftest import ROOT
 from train.slurm import Request
 
@@ -159,6 +159,20 @@ def test_two_stages_cannot_make_the_same(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="another stage makes runs/mine/pretrain/model too"):
         tasks(read_recipe(write(tmp_path, text)))
+
+
+def test_a_setting_that_is_too_long_for_a_path_is_none(tmp_path: Path) -> None:
+    prompts = ["A name of a file has 255 bytes at most. " * 7, "1/2 and 1/2 are"]
+    text = MINE.replace("compile: off", 'compile: "off"').replace('["The", "A"]', json.dumps(prompts))
+    every = tasks(read_recipe(write(tmp_path, text)))
+    assert inputs(every[0], every) == {}
+
+
+@pytest.mark.parametrize("word", ["true", "True"])
+def test_recovery_s_run_lies_in_the_recipe_s_folder(tmp_path: Path, word: str) -> None:
+    text = "stages:\n  prune:\n    command: pruning\n    settings: {model: m, ffn: 48}\n"
+    (prune,) = tasks(read_recipe(write(tmp_path, text), [f"prune.recover={word}"]))
+    assert prune.place.result == Path("runs/recipe/prune/recovered/model")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
