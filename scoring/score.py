@@ -46,15 +46,27 @@ def score(folder: Path, settings: ScoreSettings, console: Console | None = None)
     return found
 
 
+def empty_score(folder: Path, settings: ScoreSettings, form: str) -> Score:
+    """The score of a model with nothing in it yet but its marks and what it is made with."""
+    marks = ["sample: a few items, written for trying the path out, no benchmark"] * ("sample" in settings.suites)
+    marks += [f"limit: {_limited_to(settings)}"] * (settings.limit is not None)
+    asked = to_dict(settings) | {"form": form, "weights": fingerprint(folder), "git": git_commit()}
+    return Score(str(folder), marks, asked)
+
+
+def _limited_to(settings: ScoreSettings) -> str:
+    """Which rows a limit leaves: lm-evaluation-harness takes the first of its own tasks."""
+    drawn = [f"{settings.limit} rows a task, drawn by seed {settings.seed}"] * bool(settings.suites)
+    first = [f"the first {settings.limit} rows of each of --tasks"] * bool(settings.tasks)
+    return "; ".join(drawn + first)
+
+
 class _Scoring:
     """One run: the model is loaded when it is first needed, and once."""
 
     def __init__(self, folder: Path, settings: ScoreSettings, form: str, out: Path, console: Console) -> None:
         self.folder, self.settings, self.form, self.out, self.console = folder, settings, form, out, console
-        marks = ["sample: a few items, written for trying the path out, no benchmark"] * ("sample" in settings.suites)
-        marks += [f"limit: {settings.limit} rows a task, seed {settings.seed}"] * (settings.limit is not None)
-        asked = to_dict(settings) | {"form": form, "weights": self._fingerprint, "git": git_commit()}
-        self.found = Score(str(folder), marks, asked)
+        self.found = empty_score(folder, settings, form)
 
     def run(self) -> Score:
         """Everything that was asked for."""
@@ -74,10 +86,6 @@ class _Scoring:
     # The model
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.folder)
-
-    @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         return load(self.folder, self.settings.device, self.settings.dtype)
 
@@ -93,7 +101,7 @@ class _Scoring:
         from scoring.harness import FolderModel
 
         engine, tokenizer = self._engine()
-        asked = {"model": self._fingerprint, **engine.asked}
+        asked = {"model": self.found.asked["weights"], **engine.asked}
         with Answers(self.out / f"{name}.jsonl", asked) as answers:
             yield FolderModel(engine, tokenizer, answers, self.console)
 

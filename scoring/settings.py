@@ -56,7 +56,7 @@ class ScoreSettings(EngineSettings):
     text_tokens: Count = option(Count(10_000_000))
     """How much of it."""
     limit: int | None = None
-    """Score only so many rows of a task, drawn by --seed."""
+    """Score only so many rows of a task, drawn by --seed; of --tasks the first ones."""
     seed: int = 0
     """Of the draw, and of the intervals."""
     speed: bool = True

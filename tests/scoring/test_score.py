@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PhiConfig
 
 from common.errors import UserError
 from scoring.__main__ import main
-from scoring.score import choose_form, score
+from scoring.score import choose_form, empty_score, score
 from scoring.settings import ScoreSettings, out_folder
 from tests.conftest import ROOT, run_command
 
@@ -188,6 +188,21 @@ def test_form_follows_the_training(micro_model: Path, tmp_path: Path) -> None:
     (plain / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has no chat template.*--form base"):
         choose_form(plain, "chat")
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "mark"),
+    [
+        ("quick", None, "limit: 3 rows a task, drawn by seed 5"),
+        (None, "arc_easy", "limit: the first 3 rows of each of --tasks"),
+        ("quick", "arc_easy", "limit: 3 rows a task, drawn by seed 5; the first 3 rows of each of --tasks"),
+    ],
+)
+def test_a_limit_s_mark_says_which_rows_were_taken(
+    suite: str | None, tasks: str | None, mark: str, micro_model: Path
+) -> None:
+    settings = ScoreSettings(suite=suite, tasks=tasks, limit=3, seed=5)
+    assert empty_score(micro_model, settings, "base").marks == [mark]
 
 
 def test_results_lie_beside_the_model_of_a_run(tmp_path: Path) -> None:
