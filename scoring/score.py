@@ -50,8 +50,8 @@ def empty_score(folder: Path, settings: ScoreSettings, form: str) -> Score:
     """The score of a model with nothing in it yet but its marks and what it is made with."""
     marks = ["sample: a few items, written for trying the path out, no benchmark"] * ("sample" in settings.suites)
     marks += [f"limit: {_limited_to(settings)}"] * (settings.limit is not None)
-    asked = to_dict(settings) | {"form": form, "weights": fingerprint(folder), "git": git_commit()}
-    return Score(str(folder), marks, asked)
+    made_with = {"form": form, "form_asked": settings.form, "weights": fingerprint(folder), "git": git_commit()}
+    return Score(str(folder), marks, to_dict(settings) | made_with)
 
 
 def _limited_to(settings: ScoreSettings) -> str:

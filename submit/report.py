@@ -1,5 +1,6 @@
 """``python -m submit report RUN``: everything about a run and the models before it, on one page."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -377,14 +378,15 @@ def _commands(line: Sequence[Made]) -> str:
 
 def score_command(found: Mapping[str, Any]) -> str:
     """The command that gives a ``score.json``, from the settings in it."""
-    asked, defaults = found["asked"], to_dict(ScoreSettings())
-    words = [f"python -m scoring {found['model']}"]
-    for name, default in defaults.items():
+    asked = found["asked"]
+    # "form" is the one that was taken; of an older file, which does not say what was asked, it gives the same score.
+    asked = asked | {"form": asked.get("form_asked", asked["form"])}
+    words = ["python", "-m", "scoring", found["model"]]
+    for name, default in to_dict(ScoreSettings()).items():
         value = asked.get(name, default)
-        if value is not None and value != default and name != "form":
-            shown = str(value).lower() if isinstance(value, bool) else value
-            words.append(f"--{name.replace('_', '-')} {shown}")
-    return " ".join(words)
+        if value is not None and value != default:
+            words += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
 
 
 def _settings(line: Sequence[Made]) -> str:

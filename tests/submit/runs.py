@@ -10,12 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 from common.files import write_json, write_text
-from common.settings import Count, to_dict, to_yaml
+from common.settings import Count, to_yaml
 from export.phone import phone_command
 from export.settings import PhoneCommand
 from models.hf_config import to_config
 from models.sizes import size
-from scoring.results import Score, TaskResult, means
+from scoring.results import TaskResult, means
+from scoring.score import empty_score
 from scoring.settings import ScoreSettings
 from sft.settings import SftSettings
 from tests.export.fake_adb import PROPERTIES, Phone
@@ -79,8 +80,8 @@ def write_scores(
         TaskResult(task, score, None if score is None else (score - 1, score + 1), 20.0, 8)
         for task, score in zip(SIX, scores, strict=True)
     ]
-    asked = to_dict(ScoreSettings(suite="competition", max_out_len=64)) | {"form": "chat"}
-    found = Score(str(run / "model"), list(marks), asked, results)
+    found = empty_score(run / "model", ScoreSettings(suite="competition", max_out_len=64), "chat")
+    found.marks, found.competition = list(marks), results
     if None not in scores:
         found.means = means([score for score in scores if score is not None])
     spread = {"median": 50.0, "lower": 49.0, "upper": 51.0}

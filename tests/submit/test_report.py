@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,7 +15,10 @@ import pytest
 
 from common.errors import UserError
 from common.files import write_json
-from submit.report import report, report_command
+from common.settings import Count, parse
+from scoring.score import empty_score
+from scoring.settings import ScoreSettings
+from submit.report import report, report_command, score_command
 from submit.rules import judge
 from submit.run import Run, lineage
 from submit.serve import make_server
@@ -195,6 +199,23 @@ def test_the_data_of_a_track() -> None:
     assert verdict(*FOREIGN, *C4) == "data within the rules of track 1"
     assert verdict(*FOREIGN, *C4, alpaca) == "data outside the rules of track 1: tatsu-lab/alpaca"
     assert judge([]) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ScoreSettings(),
+        ScoreSettings(form="base", data="my data", limit=50, speed=False),
+        ScoreSettings(suite="quick,c4", text_tokens=Count(5000), early_stop=False),
+    ],
+)
+def test_the_command_of_a_score_asks_for_the_same_again(settings: ScoreSettings, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "a run" / "model", data=C4)
+    found = empty_score(model, settings, "chat" if settings.form == "auto" else settings.form)
+    found.write(tmp_path)
+    words = shlex.split(score_command(json.loads((tmp_path / "score.json").read_text())))
+    assert words[:4] == ["python", "-m", "scoring", str(model)]
+    assert parse(ScoreSettings, words[4:], prog="", description="") == settings
 
 
 def test_a_running_job_is_watched(tmp_path: Path) -> None:
