@@ -25,12 +25,19 @@ def main() -> None:
 
     from common.command import run_command
 
-    if sys.argv[1:2] == ["chat"]:  # there Ctrl-C stops an answer, so nothing catches it here
+    word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if word == "chat":
         from sft.chat import chat_command
 
-        run_command(lambda: chat_command(sys.argv[2:]))
+        run_command(lambda: chat_command(rest))
         return
-    signals.install()  # before anything heavy: SLURM may signal while the imports below are still running
+    if word == "formats":
+        from sft.formats_command import formats_command
+
+        run_command(lambda: formats_command(rest))
+        return
+    # What trains saves when it is signalled. Before anything heavy: SLURM may signal during the imports below.
+    signals.install()
     from train.launch import end_with_parent
 
     end_with_parent()
@@ -40,18 +47,14 @@ def main() -> None:
 def _main() -> None:
     import sys
 
-    word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if word == "formats":
-        from sft.formats_command import formats_command
-
-        formats_command(rest)
-        return
     from common.settings import parse
     from sft.settings import SftCommand, sft_settings
 
-    words = ["--model", word, *rest] if word and not word.startswith("-") else sys.argv[1:]
+    word = (sys.argv[1:2] or [""])[0]
+    words = ["--model", *sys.argv[1:]] if word and not word.startswith("-") else sys.argv[1:]
     command = parse(SftCommand, words, prog="python -m sft", description=DESCRIPTION)
     if command.show is not None:
+        signals.clear()  # there is nothing to save
         from sft.finetune import show_data
 
         show_data(command)

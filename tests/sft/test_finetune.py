@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def sft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         return tmp_path / name
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["formats"], "sft.formats_command.formats_command"),
+        (["chat"], "sft.chat.chat_command"),
+        (["model", "--show", "1"], "sft.finetune.show_data"),
+    ],
+)
+def test_ctrl_c_ends_at_once_what_trains_nothing(
+    words: list[str], place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(place, lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["sft", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
 def records(run: Path) -> list[dict]:
