@@ -221,7 +221,7 @@ def talk(assistant: Assistant, history: History, *, interactive: bool) -> None:
         except (EOFError, KeyboardInterrupt):
             print(end="\n" if interactive else "")
             return
-        if line.split() == ["/quit"]:
+        if line.rstrip() == "/quit":
             return
         try:
             if line.startswith("/"):

@@ -279,12 +279,12 @@ def test_a_long_conversation_stays_in_the_context(
 ) -> None:
     assert (assistant.context, assistant.room) == (64, 8)
     history = History(assistant.encode, assistant.context, assistant.room)
-    type_in(*(["hello"] * 8), "长" * 40, "hello", "/quit", "never read")
+    type_in(*(["hello"] * 8), "长" * 40, "hello", " /quit", "/quit", "never read")
     talk(assistant, history, interactive=False)
     said = capsys.readouterr().out
     assert "(the context is full: forgot the oldest turns, 1 of " in said
     assert "error: too long: 124 tokens, where the context of 64 has 56 beside an answer of up to 8" in said
-    assert len(history.turns) > 1
+    assert [question for question, _ in history.turns][-2:] == ["hello", "/quit"]
     assert len(history.encode(history._messages(0, ""))) <= 64
     assert sys.stdin.read() == "never read"
 
