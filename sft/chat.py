@@ -2,8 +2,8 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -139,40 +139,19 @@ class Assistant:
     @classmethod
     def load(cls, settings: ChatSettings) -> "Assistant":
         """Read a model folder; UserError says what is missing or damaged in it."""
-        folder = Path(settings.model)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no model folder: it has no config.json (a run's model is in its model/)")
-        # Without one of these transformers makes up an empty tokenizer.
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise UserError(f"{folder} has no tokenizer: a tokenizer.json belongs beside its config.json")
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        from transformers import logging
 
-        cuda = settings.device != "cpu" and torch.cuda.is_available()
-        if settings.device == "cuda" and not cuda:
-            raise UserError("--device cuda is not there: torch sees no CUDA device")
-        dtype = torch.float32
-        if cuda:
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        from scoring.loading import check_folder, load, load_tokenizer
+
+        folder = Path(settings.model)
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        with _readable(f"the tokenizer of {folder}"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        if not tokenizer.chat_template:
+        check_folder(folder)
+        if not load_tokenizer(folder).chat_template:  # the weights may take minutes to load
             raise UserError(f"{folder} has no chat template; fine-tune it first with `python -m sft {folder}`")
-        local |= {"use_safetensors": True, "dtype": dtype}
-        with _readable(f"the model in {folder}"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, **local
-            )
-            model, found = loaded
-            model.to("cuda" if cuda else "cpu")
-        lost = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
-        if lost:  # transformers has filled them with random numbers
-            raise UserError(f"the weights of {folder} do not fit its config.json: {', '.join(lost)[:200]}")
+        cuda = settings.device != "cpu" and torch.cuda.is_available()
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        model, tokenizer = load(folder, settings.device, "bfloat16" if bf16 else "auto")
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         return cls(model, tokenizer, settings)
@@ -258,12 +237,3 @@ def _reply(question: str, assistant: Assistant, history: History, interactive: b
         streamer.end()
     if streamer.text:  # else it was stopped before its first word, and the question need not stay
         history.turns.append((question, streamer.text))
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Make one line for the user of whatever transformers raises over a file: it is of no type in particular."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
