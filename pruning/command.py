@@ -24,7 +24,7 @@ from pruning.recover import recover
 from pruning.report import FILE, Stage, rank_table, stage_table, write_report
 from pruning.settings import ImportCommand, PruneCommand, out_folder
 from pruning.shapes import Shape
-from scoring.loading import fingerprint
+from scoring.fingerprint import fingerprint
 from scoring.score import score
 from scoring.settings import ScoreSettings
 from scoring.settings import out_folder as scores_folder
