@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ COLUMNS = {
     "TruthfulQA": "truthfulqa",
 }
 """The score columns of the starting kit's Results.csv, and our tasks; Throughput and Memory-Usage follow them."""
+
+SIX = [task for task in COLUMNS.values() if task != "longbench"]
+"""The tasks whose mean is the score."""
 
 UNITS = {
     "scores": "0-100; TruthfulQA is bleu_acc x 100 here and bleu_acc (0-1) in Results.csv, as the starting kit has it",
@@ -81,14 +84,22 @@ class Score:
     warnings: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Write ``score.json`` and ``Results.csv`` into a folder; the name of a marked table says so."""
-        write_json(folder / "score.json", asdict(self) | {"units": UNITS})
+        """Write ``score.json`` and ``Results.csv`` into a folder; the name of a marked or incomplete table says so."""
+        write_json(folder / "score.json", asdict(self) | {"missing": self.missing, "units": UNITS})
         write_text(folder / self.csv_name, self.csv())
+        for table in folder.glob("Results*.csv"):
+            if table.name != self.csv_name:  # of before, such as when programs could not be run
+                table.unlink()
 
     @property
     def csv_name(self) -> str:
         """``Results.csv``, which only full scores are called."""
-        return "-".join(["Results", *self._short_marks]) + ".csv"
+        return "-".join(["Results", *self._short_marks, *["incomplete"] * bool(self.missing)]) + ".csv"
+
+    @property
+    def missing(self) -> list[str]:
+        """The competition's tasks that have no score, where any was asked for."""
+        return missing({result.name: result.score for result in self.competition})
 
     @property
     def _short_marks(self) -> list[str]:
@@ -122,7 +133,7 @@ class Score:
             rows["of score + 1, less 1"] = f"{self.means.shifted_geometric:.2f}{mark}"
             rows["arithmetic mean"] = f"{self.means.arithmetic:.2f}{mark}"
         elif self.competition:
-            rows["geometric mean"] = "none: it needs all six tasks"
+            rows["geometric mean"] = f"none: it needs all six tasks, and there is no score of {', '.join(self.missing)}"
         rows |= {result.name: _shown(result) + mark for result in self.quick}
         for name, values in self.tasks.items():
             figures = {key: value for key, value in values.items() if isinstance(value, float) and "stderr" not in key}
@@ -180,6 +191,11 @@ def interval(parts: Sequence[Sequence[float]], seed: int) -> tuple[float, float]
         means += values[chosen].mean(axis=1) / len(parts)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
+
+
+def missing(scores: Mapping[str, float | None]) -> list[str]:
+    """Which of the six tasks lack in scores by task; none where there is no task at all."""
+    return [task for task in SIX if scores.get(task) is None] if scores else []
 
 
 def means(scores: Sequence[float]) -> Means:

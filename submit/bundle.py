@@ -218,9 +218,9 @@ class _Bundle:
         if not tables:
             return Item(what, None, f"{found.path.parent} has no table", command)
         shutil.copyfile(tables[0], self.out / "Results.csv")
-        marks = "; ".join(found.marks)
+        caveats = "; ".join(found.caveats)
         return Item(
-            what, "Results.csv", f"**not full scores**: {marks}; `{command}` makes them" if marks else "full scores"
+            what, "Results.csv", f"**not full scores**: {caveats}; `{command}` makes them" if caveats else "full scores"
         )
 
     def _score(self) -> ScoreFile | None:

@@ -94,7 +94,7 @@ def _tiles(run: Run, line: Sequence[Made]) -> dict[str, tuple[str, str]]:
     best = next((score for score in run.scores if score.competition), None)
     if best is not None:
         means = best.found.get("means")
-        marked = ", ".join(_short(best.marks)) or "the six tasks"
+        marked = ", ".join(_short(best.caveats)) or "the six tasks"
         tiles["geometric mean"] = (f"{means['geometric']:.2f}" if means else "none", marked)
     found = speeds(run)
     if found:
@@ -182,14 +182,14 @@ def _competition(found: Sequence[tuple[Made, ScoreFile]]) -> str:
     title = f"{one.name} beside published entries"
     note = "0 to 100, 95% intervals; TruthfulQA is bleu_acc times 100. The mean is zero as soon as one task is."
     keys = {"this run": 1, "published": 7}
-    if score.marks:
-        note = f"{score.marks[0]}. {note}"
+    if score.caveats:
+        note = f"{score.caveats[0]}. {note}"
     plot = page.figure(title, span_plot(title, spans), "dotted: the level of guessing", keys)
     return f"<p>{escape(note)}</p>{page.plots([plot])}{page.table(head, rows, mine=list(mine))}"
 
 
 def _scored_name(one: Made, score: ScoreFile) -> str:
-    marks = dict.fromkeys([score.path.parent.name, *_short(score.marks), str(score.found["asked"]["form"])])
+    marks = dict.fromkeys([score.path.parent.name, *_short(score.caveats), str(score.found["asked"]["form"])])
     return f"{escape(one.name)} <small>{page.marks(list(marks))}</small>"
 
 
@@ -236,9 +236,9 @@ def _quick(found: Sequence[tuple[Made, ScoreFile]]) -> str:
     return page.table(["", "task", "score", "95%", "chance", "items"], rows)
 
 
-def _short(marks: Sequence[str]) -> list[str]:
-    """The marks' first words."""
-    return [mark.partition(":")[0] for mark in marks]
+def _short(caveats: Sequence[str]) -> list[str]:
+    """Their first words."""
+    return [caveat.partition(":")[0] for caveat in caveats]
 
 
 def _pruning(line: Sequence[Made]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.settings import read_yaml
+from scoring.results import missing
 
 STAGES = {"pretrain": "Pre-training", "sft": "Fine-tuning", "prune": "Pruning", "recover": "Recovery"}
 """What a model can come out of, and what it is called."""
@@ -119,9 +120,23 @@ class ScoreFile:
         return scores if longbench is None else scores | {"longbench": 100 * longbench}
 
     @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Sorts full scores of the competition before marked ones and other suites, newer before older."""
-        return not self.competition, bool(self.marks), -self.path.stat().st_mtime
+    def missing(self) -> list[str]:
+        """The competition's tasks that it has no score of, where it has any."""
+        return missing({name: one["score"] for name, one in self.competition.items()})
+
+    @property
+    def caveats(self) -> list[str]:
+        """What it is short of full scores by: its marks, and ``incomplete: …``."""
+        return [*self.marks, *[f"incomplete: no score of {', '.join(self.missing)}"] * bool(self.missing)]
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, float]:
+        """Sorts scores of the competition before other suites: full ones, incomplete ones, marked ones.
+
+        A task alone can be compared with others' scores, a sample or a few rows of all six with nobody's. Of one kind
+        the newer comes first.
+        """
+        return not self.competition, bool(self.marks), bool(self.missing), -self.path.stat().st_mtime
 
 
 @dataclass(frozen=True)

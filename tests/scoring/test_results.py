@@ -65,7 +65,20 @@ def test_what_was_not_run_is_blank_and_has_no_mean() -> None:
     found = Score("m", [], {}, [result(name, None if name == "humaneval" else 50.0) for name in SIX])
     assert found.csv().splitlines()[1] == "50,50,50,,,50,0.5,,"
     assert found.rows()["humaneval"] == "not run"
-    assert "six" in found.rows()["geometric mean"]
+    assert found.rows()["geometric mean"] == "none: it needs all six tasks, and there is no score of humaneval"
+
+
+@pytest.mark.parametrize("scores", [{"gsm8k": 5.0}, dict.fromkeys(SIX, 50.0) | {"humaneval": None}])
+def test_a_score_that_lacks_tasks_is_never_called_full(scores: dict[str, float | None], tmp_path: Path) -> None:
+    found = Score("m", [], {}, [result(name, score) for name, score in scores.items()])
+    found.write(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["Results-incomplete.csv"]
+    assert json.loads((tmp_path / "score.json").read_text())["missing"] == [
+        name for name in SIX if scores.get(name) is None
+    ]
+    full_score().write(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["Results.csv"]
+    assert json.loads((tmp_path / "score.json").read_text())["missing"] == []
 
 
 def test_longbench_is_filled_where_that_group_ran() -> None:

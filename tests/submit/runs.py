@@ -75,14 +75,14 @@ def write_model(folder: Path, *, data: list[dict[str, Any]], **record: Any) -> P
 def write_scores(
     run: Path, scores: tuple[float | None, ...], name: str = "competition", marks: tuple[str, ...] = ()
 ) -> Path:
-    """A score of the six tasks."""
+    """A score of the six tasks, or of the first of them; None: one that could not be run."""
     results = [
         TaskResult(task, score, None if score is None else (score - 1, score + 1), 20.0, 8)
-        for task, score in zip(SIX, scores, strict=True)
+        for task, score in zip(SIX, scores, strict=False)
     ]
     found = empty_score(run / "model", ScoreSettings(suite="competition", max_out_len=64), "chat")
     found.marks, found.competition = list(marks), results
-    if None not in scores:
+    if not found.missing:
         found.means = means([score for score in scores if score is not None])
     spread = {"median": 50.0, "lower": 49.0, "upper": 51.0}
     found.speed = {

@@ -111,7 +111,15 @@ def test_what_is_given_is_taken(run: Path, tmp_path: Path) -> None:
 
 def test_full_scores_go_before_others(run: Path, tmp_path: Path) -> None:
     write_scores(run, (30.0, 10.0, 5.0, 1.0, 14.0, 12.0))
-    assert "full scores" in bundle(run, tmp_path / "bundle")
+    write_scores(run, (99.0,), "newer")
+    assert "| full scores |" in bundle(run, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "Results.csv").read_text().splitlines()[1].startswith("30,")
+
+
+def test_incomplete_scores_are_not_called_full(run: Path, tmp_path: Path) -> None:
+    write_scores(run, (30.0, 10.0, 5.0, None, 14.0), "some")
+    text = bundle(run, tmp_path / "bundle")
+    assert f"**not full scores**: incomplete: no score of humaneval, truthfulqa; `python -m scoring {run}" in text
     assert (tmp_path / "bundle" / "Results.csv").read_text().splitlines()[1].startswith("30,")
 
 

@@ -102,6 +102,7 @@ def test_the_pareto_front() -> None:
 def test_runs_stand_beside_published_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = write_scores(write_run(tmp_path / "runs" / "full"), GOOD)
     write_scores(full, (99.0,) * 6, name="sample", marks=("sample: a few items",))
+    write_scores(full, (99.0,), name="commonsense_qa")
     write_phone(full, 30.0)
     limited = write_scores(write_run(tmp_path / "runs" / "limited"), (99.0,) * 6, marks=("limit: 8 rows",))
     other = [{"stage": "pretrain", "sources": [{"source": "sample", "weight": 1}]}]

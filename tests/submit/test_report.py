@@ -159,6 +159,14 @@ def test_a_phone_counts_and_an_emulator_does_not(tmp_path: Path) -> None:
     assert "33.0" not in words
 
 
+def test_what_a_score_lacks_stands_beside_it(tmp_path: Path) -> None:
+    run = write_scores(write_run(tmp_path / "run"), GOOD)
+    words = read(report(Run(run))).words()
+    assert "geometric mean none incomplete" in words
+    assert "run competition incomplete chat 50.00" in words
+    assert "incomplete: no score of humaneval. 0 to 100" in words
+
+
 def test_parents_are_found_from_elsewhere_and_circles_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_run(tmp_path / "work" / "runs" / "first")
     second = write_run(tmp_path / "work" / "runs" / "second", parent=Path("runs/first/model"))
