@@ -16,7 +16,7 @@ from scoring.opencompass.submission import CONFIG, RUN, WRAPPER, Form, Submissio
 from submit.bundle_verify import verify
 from submit.checklist import CHECKLIST, SUMS, Item, sha256, write_checklist
 from submit.rules import judge
-from submit.run import Run, ScoreFile, data_of, lineage
+from submit.run import Run, data_of, lineage
 from submit.settings import BundleCommand
 
 CHECKOUT = Path(__file__).absolute().parent.parent
@@ -197,7 +197,7 @@ class _Bundle:
         return Item("source code with a readme", "source", note)
 
     def _opencompass(self) -> Item:
-        found = self._score()
+        found = self.run.score
         asked = {} if found is None else found.found.get("asked") or {}
         form: Form = "chat" if asked.get("form") == "chat" else "base"
         submission = Submission(self.out / "checkpoint", form, asked.get("max_out_len") or 1024)
@@ -211,7 +211,7 @@ class _Bundle:
     def _results(self) -> Item:
         what = "Results.csv with the scores, Throughput and Memory-Usage"
         command = f"python -m scoring {self.run.path / 'model'}"
-        found = self._score()
+        found = self.run.score
         if found is None:
             return Item(what, None, "the run's model has not been scored on the competition's tasks", command)
         tables = sorted(found.path.parent.glob("Results*.csv"))
@@ -223,18 +223,6 @@ class _Bundle:
             what, "Results.csv", f"**not full scores**: {caveats}; `{command}` makes them" if caveats else "full scores"
         )
 
-    def _score(self) -> ScoreFile | None:
-        """The scores to hand in: of the model as it is now, full ones before others."""
-        from scoring.fingerprint import fingerprint
-
-        weights = fingerprint(self.run.path / "model")
-        mine = [
-            one
-            for one in self.run.scores
-            if one.competition and (one.found.get("asked") or {}).get("weights") in (None, weights)
-        ]
-        return mine[0] if mine else None
-
     def _record(self) -> None:
         """How the run was made, for whoever wants to know."""
         record = self.out / "record"
@@ -242,7 +230,7 @@ class _Bundle:
         for path in (
             *(self.run.path / name for name in ("config.yaml", "env.json", "metrics.jsonl", "report.html")),
             *(self.export / name for name in ("bench.json", "phone.json")),
-            *(score.path for score in [self._score()] if score is not None),
+            *(score.path for score in [self.run.score] if score is not None),
         ):
             if path.exists():
                 shutil.copyfile(path, record / path.name)

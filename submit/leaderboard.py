@@ -68,9 +68,12 @@ def entry_of(word: str) -> Entry:
 
 def run_entry(run: Run) -> Entry:
     """A run as an entry: its best comparable score, speed, size, and whether its data stayed within the rules."""
-    scored = next((score for score in run.scores if score.competition), None)
+    scored = run.score
     if scored is None:
-        raise UserError(f"{run.path} has no scores of the competition's tasks; python -m scoring {run.path / 'model'}")
+        command = f"python -m scoring {run.path / 'model'}"
+        if any(score.stale for score in run.scores):
+            raise UserError(f"the scores of {run.path} are of other weights than its model has now; {command}")
+        raise UserError(f"{run.path} has no scores of the competition's tasks; {command}")
     verdict = judge(data_of(lineage(run)))
     track = None if verdict is None else verdict.track
     remarks = (verdict.text,) if verdict is not None and not verdict.within else ()

@@ -91,10 +91,9 @@ def _tiles(run: Run, line: Sequence[Made]) -> dict[str, tuple[str, str]]:
         values = [(one[name], one["step"]) for one in run.evaluations() if one.get(name) is not None]
         if values:
             tiles[title] = (f"{values[-1][0]:.3f}", f"after step {values[-1][1]:,}")
-    best = next((score for score in run.scores if score.competition), None)
-    if best is not None:
-        means = best.found.get("means")
-        marked = ", ".join(_short(best.caveats)) or "the six tasks"
+    if run.score is not None:
+        means = run.score.found.get("means")
+        marked = ", ".join(_short(run.score.caveats)) or "the six tasks"
         tiles["geometric mean"] = (f"{means['geometric']:.2f}" if means else "none", marked)
     found = speeds(run)
     if found:

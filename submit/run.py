@@ -8,12 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.settings import read_yaml
+from scoring.fingerprint import fingerprint
 from scoring.results import missing
 
 STAGES = {"pretrain": "Pre-training", "sft": "Fine-tuning", "prune": "Pruning", "recover": "Recovery"}
@@ -61,8 +62,26 @@ class Run:
     @cached_property
     def scores(self) -> list["ScoreFile"]:
         """Every result of scoring in the run, the one that can be compared best first."""
-        found = [ScoreFile(path, read_json(path)) for path in sorted(self.path.glob("scores/*/score.json"))]
-        return sorted(found, key=lambda one: one.rank)
+        read = [(path, read_json(path)) for path in sorted(self.path.glob("scores/*/score.json"))]
+        return sorted([ScoreFile(path, found, self._is_stale(found)) for path, found in read], key=lambda one: one.rank)
+
+    @property
+    def score(self) -> "ScoreFile | None":
+        """The scores of the run, to be ranked and handed in: of the competition's tasks and the model as it is now."""
+        return next((score for score in self.scores if score.competition and not score.stale), None)
+
+    def _is_stale(self, found: Mapping[str, Any]) -> bool:
+        """Whether a ``score.json`` is of other weights than the model's; not where either is unknown."""
+        scored = (found.get("asked") or {}).get("weights")
+        return scored is not None and self._weights not in (None, scored)
+
+    @cached_property
+    def _weights(self) -> str | None:
+        """The fingerprint of the run's model; None where it has no weights."""
+        folder = self.path / "model"
+        if not any(folder.glob("*.safetensors")):
+            return None
+        return _fingerprint(folder, tuple(file.stat().st_mtime_ns for file in sorted(folder.iterdir())))
 
     @property
     def kind(self) -> str:
@@ -101,6 +120,8 @@ class ScoreFile:
 
     path: Path
     found: Mapping[str, Any]
+    stale: bool
+    """Of other weights than the run's model has now."""
 
     @property
     def marks(self) -> list[str]:
@@ -126,17 +147,19 @@ class ScoreFile:
 
     @property
     def caveats(self) -> list[str]:
-        """What it is short of full scores by: its marks, and ``incomplete: …``."""
-        return [*self.marks, *[f"incomplete: no score of {', '.join(self.missing)}"] * bool(self.missing)]
+        """What it is short of full scores by: its marks, ``stale: …`` and ``incomplete: …``."""
+        stale = ["stale: the run's model has other weights now"] * self.stale
+        return [*stale, *self.marks, *[f"incomplete: no score of {', '.join(self.missing)}"] * bool(self.missing)]
 
     @property
-    def rank(self) -> tuple[bool, bool, bool, float]:
-        """Sorts scores of the competition before other suites: full ones, incomplete ones, marked ones.
+    def rank(self) -> tuple[bool, bool, bool, bool, float]:
+        """Sorts scores of the competition before other suites: full ones, incomplete ones, marked ones, stale ones.
 
         A task alone can be compared with others' scores, a sample or a few rows of all six with nobody's. Of one kind
         the newer comes first.
         """
-        return not self.competition, bool(self.marks), bool(self.missing), -self.path.stat().st_mtime
+        marked, incomplete = bool(self.marks), bool(self.missing)
+        return not self.competition, self.stale, marked, incomplete, -self.path.stat().st_mtime
 
 
 @dataclass(frozen=True)
@@ -198,6 +221,12 @@ def _find(named: str, beside: Path) -> Path | None:
         if (folder / "config.json").exists():
             return folder
     return None
+
+
+@lru_cache
+def _fingerprint(folder: Path, written: tuple[int, ...]) -> str:
+    """The fingerprint of a model whose files were written then: a page that is served is made every few seconds."""
+    return fingerprint(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

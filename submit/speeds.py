@@ -73,10 +73,10 @@ def _engine(name: str) -> str:
 
 
 def _scoring(run: Run) -> list[Speed]:
-    """Of the first score that has them: transformers."""
+    """Of the first score that has them, of the model as it is now: transformers."""
     for score in run.scores:
         found: Any = score.found.get("speed")
-        if found:
+        if found and not score.stale:
             engine = f"transformers {found['dtype']}"
             return [
                 Speed(

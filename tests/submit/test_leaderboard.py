@@ -152,6 +152,20 @@ def test_a_run_without_scores_names_the_command(tmp_path: Path) -> None:
         entry_of(str(tmp_path))
 
 
+def test_scores_of_the_model_before_are_not_the_model_s(tmp_path: Path) -> None:
+    """A run that went on has another model than the one that was scored."""
+    run = write_run(tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(b"of step 10")
+    write_scores(run, (99.0,) * 6)
+    assert entry_of(str(run)).scores["gsm8k"] == 99
+    weights.write_bytes(b"of step 20")
+    with pytest.raises(UserError, match=r"run are of other weights than its model has now; python -m scoring"):
+        entry_of(str(run))
+    write_scores(run, (1.0,), name="some")
+    assert entry_of(str(run)).scores == {"commonsense_qa": 1.0}
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     evil = entry("<script>alert(1)</script>", *GOOD, remarks=("<b>",), parameters=1e9)
     page = leaderboard(standings([evil, *published()]))

@@ -165,6 +165,12 @@ def test_what_a_score_lacks_stands_beside_it(tmp_path: Path) -> None:
     assert "geometric mean none incomplete" in words
     assert "run competition incomplete chat 50.00" in words
     assert "incomplete: no score of humaneval. 0 to 100" in words
+    (run / "model" / "model.safetensors").write_bytes(b"of a later step")
+    words = read(report(Run(run))).words()
+    assert "geometric mean none" not in words
+    assert "run competition stale incomplete chat 50.00" in words
+    assert "stale: the run's model has other weights now. 0 to 100" in words
+    assert "a CPU, 2 threads" not in words  # its speed is not the model's either
 
 
 def test_parents_are_found_from_elsewhere_and_circles_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
