@@ -1,14 +1,14 @@
 """The data in the places where OpenCompass looks."""
 
-import csv
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import new_folder
+from common.files import new_folder, write_text
+from scoring.competition import TASKS
+from scoring.competition.data import read_rows
 from scoring.opencompass.summary import SUBTASKS
 
 PLACES = {
@@ -31,8 +31,6 @@ STAND_INS = {
 }
 """Splits that OpenCompass opens and draws nothing from: where one is missing, another of the same format does."""
 
-TRUTHFULQA = ("truthfulqa/TruthfulQA.csv", "TruthfulQA.csv")
-
 
 def lay_out(data: Path, folder: Path) -> Path:
     """Fill a folder with what OpenCompass reads; returns the path of TruthfulQA in the form that ``datasets`` reads.
@@ -42,35 +40,15 @@ def lay_out(data: Path, folder: Path) -> Path:
         folder: replaced.
 
     Raises:
-        UserError: a file is missing; the message names it.
+        UserError: a file is missing, or TruthfulQA is damaged or of another version; the message names it.
     """
     with new_folder(folder) as temporary:
         for place, candidates in PLACES.items():
             _unpack(_found(data, candidates, STAND_INS.get(place)), temporary / "data" / place)
-        _write_truthfulqa(_found(data, TRUTHFULQA), temporary / "truthfulqa.jsonl")
+        # Our rows have the fields of the hub's data set, which OpenCompass would fetch.
+        rows = read_rows(TASKS["truthfulqa"], data)
+        write_text(temporary / "truthfulqa.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return folder / "truthfulqa.jsonl"
-
-
-def truthfulqa_rows(lines: Iterator[str]) -> Iterator[dict[str, object]]:
-    """The rows of the published table as the hub's data set has them: lists of answers, split at semicolons."""
-    for row in csv.DictReader(lines):
-        yield {
-            "question": row["Question"],
-            "best_answer": row["Best Answer"],
-            "correct_answers": _answers(row["Correct Answers"]),
-            "incorrect_answers": _answers(row["Incorrect Answers"]),
-        }
-
-
-def _answers(text: str) -> list[str]:
-    return [answer.strip() for answer in text.split(";") if answer.strip()]
-
-
-def _write_truthfulqa(table: Path, path: Path) -> None:
-    opened = gzip.open if table.suffix == ".gz" else open
-    with opened(table, "rt", encoding="utf-8-sig", newline="") as lines, open(path, "w", encoding="utf-8") as file:
-        for row in truthfulqa_rows(lines):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _found(data: Path, candidates: tuple[str, ...], stand_in: str | None = None) -> Path:
