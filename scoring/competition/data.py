@@ -115,6 +115,20 @@ def read_packed(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error}; get the file again") from error
 
 
+def read_hub(repo: str, config: str | None, split: str) -> list[Any]:
+    """The records of a data set on the hub, kept in datasets' cache; UserError where they cannot be had."""
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(repo, config, split=split))
+    except Exception as error:  # of many kinds: no network, no such set, no such split, rate limits
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{repo} cannot be had from the hub ({type(error).__name__}: {reason}). Without a network give the "
+            "published files: --data DIR"
+        ) from error
+
+
 def _parsed(source: _Source, path: Path) -> list[Any]:
     try:
         return source.parse(read_packed(path))
@@ -127,19 +141,7 @@ def _of_hub(task: Task, source: _Source) -> tuple[list[Any], Callable[[Any], Row
         path = CHID.fetch()
         return _parsed(source, path), source.of_file, str(path)
     config = source.config or task.name.removeprefix("bbh_")
-    return _load(source.hub, config, source.split), source.of_hub or source.of_file, source.hub
-
-
-def _load(repo: str, config: str, split: str) -> list[Any]:
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(repo, config, split=split))
-    except Exception as error:  # of many kinds: no network, no such set, no such split, rate limits
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{repo} cannot be had from the hub: {first}. Without a network give the published files: --data DIR"
-        ) from error
+    return read_hub(source.hub, config, source.split), source.of_hub or source.of_file, source.hub
 
 
 def _json_lines(raw: bytes) -> list[Any]:

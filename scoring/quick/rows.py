@@ -5,9 +5,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
+from scoring.competition.data import read_hub
 from scoring.quick import TASKS, QuickTask
 from scoring.quick.forms import FORMS, Row
 
@@ -24,7 +24,7 @@ def read_rows(name: str, data: Path | None) -> list[Row]:
             cannot be reached.
     """
     task = TASKS[name]
-    rows = _from_hub(task) if data is None else _from_file(_find(task, data))
+    rows = read_hub(task.hub, task.config, task.split) if data is None else _from_file(_find(task, data))
     form, made = FORMS[name], []
     for number, row in enumerate(rows, 1):
         try:
@@ -67,17 +67,3 @@ def _from_file(file: Path) -> Iterator[Row]:
         raise UserError(f"line {number} of {file} is no JSON record: {error}") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def _from_hub(task: QuickTask) -> Any:
-    """The task's split of its dataset."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(task.hub, task.config, split=task.split)
-    except Exception as error:  # the library and the client beneath it raise many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{task.hub} cannot be had from the hub ({type(error).__name__}: {reason}). Check the network, or give "
-            f"a folder that has {task.file}: --data DIR"
-        ) from error
