@@ -140,7 +140,8 @@ def run_child(words: Sequence[str], threads: int) -> Any:
         check=False,
     )
     if done.returncode:
-        reason = "it was killed, most likely for its memory" if done.returncode == -9 else done.stderr.strip()[-2000:]
+        said = done.stderr.strip().removeprefix("error: ")[-2000:]
+        reason = "it was killed, most likely for its memory" if done.returncode == -9 else said
         raise UserError(f"a measurement failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 

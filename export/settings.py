@@ -73,7 +73,7 @@ class ProtocolSettings:
     prompts: list[int] = option([64, 512, 2000])
     """Tokens of the prompts whose prefill is timed; those beyond the context are cut to it."""
     new_tokens: int = 128
-    """Tokens to decode after each prompt."""
+    """Tokens to decode after each prompt; as many as a short context holds beside it."""
     repeats: int = 5
     """Timed runs of each kind; medians and quartiles are reported."""
     warm_up: int = 1

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.command import run_command
+
 BANDWIDTH_BYTES = 512 * 2**20
 """What is read to measure the memory's bandwidth: far more than caches hold."""
 
@@ -38,7 +40,7 @@ def measure(reader: Reader, prompts: Sequence[int], new_tokens: int, repeats: in
 
     Args:
         reader: what is timed.
-        prompts: their tokens; cut where prompt and new tokens together are longer than the reader's context.
+        prompts: their tokens; cut, as the new ones are, where both together are longer than the reader's context.
         new_tokens: to decode.
         repeats: of each prompt.
         warm_up: runs of each before the first that counts.
@@ -48,10 +50,10 @@ def measure(reader: Reader, prompts: Sequence[int], new_tokens: int, repeats: in
         ``first_token`` in seconds; and ``peak_memory``, the bytes that were resident in the process at most.
     """
     runs = []
-    for tokens in dict.fromkeys(max(1, min(prompt, reader.context - new_tokens)) for prompt in prompts):
+    for tokens, new in dict.fromkeys(_fitted(prompt, new_tokens, reader.context) for prompt in prompts):
         ids = [(7919 * place + 11) % reader.vocab for place in range(tokens)]
-        found = [_run(reader, ids, new_tokens) for _ in range(warm_up + repeats)][warm_up:]
-        first, decode = [one[0] for one in found], [new_tokens / one[1] for one in found]
+        found = [_run(reader, ids, new) for _ in range(warm_up + repeats)][warm_up:]
+        first, decode = [one[0] for one in found], [new / one[1] for one in found]
         runs.append(
             {
                 "tokens": tokens,
@@ -61,6 +63,12 @@ def measure(reader: Reader, prompts: Sequence[int], new_tokens: int, repeats: in
             }
         )
     return {"runs": runs, "peak_memory": peak_memory()}
+
+
+def _fitted(prompt: int, new_tokens: int, context: int) -> tuple[int, int]:
+    """A prompt cut to what new tokens leave of a context, but not below half of it; and of those what fits then."""
+    tokens = max(1, min(prompt, max(context - new_tokens, context // 2)))
+    return tokens, max(1, min(new_tokens, context - tokens))
 
 
 def peak_memory() -> int:
@@ -167,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -185,15 +185,17 @@ std::pair<double, double> Timed(Model& model, const std::vector<int32_t>& prompt
 
 // The protocol of export/timing.py, and its answer.
 ffi::json::Array Measure(Model& model, const Arguments& asked) {
-  int64_t new_tokens = asked.Number("--new-tokens"), room = model.context() - new_tokens;
+  int64_t context = model.context(), wanted_new = asked.Number("--new-tokens");
+  int64_t room = std::max<int64_t>(1, std::max(context - wanted_new, context / 2));
   int64_t warm_up = asked.Number("--warm-up"), runs = warm_up + asked.Number("--repeats");
   std::vector<int64_t> prompts;
   for (int64_t wanted : asked.Numbers("--prompts")) {
-    int64_t tokens = std::max<int64_t>(1, std::min(wanted, room));
+    int64_t tokens = std::min(wanted, room);
     if (std::find(prompts.begin(), prompts.end(), tokens) == prompts.end()) prompts.push_back(tokens);
   }
   ffi::json::Array found;
   for (int64_t tokens : prompts) {
+    int64_t new_tokens = std::max<int64_t>(1, std::min(wanted_new, context - tokens));
     ffi::json::Array prefill, decode, first_token;
     for (int64_t run = 0; run < runs; ++run) {
       std::cout << "prompt of " << tokens << " tokens, run " << run + 1 << " of " << runs << std::endl;

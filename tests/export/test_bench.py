@@ -53,6 +53,19 @@ def test_figures_of_a_known_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "25% of the bandwidth" in bench.line(one)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "new", "lengths"),
+    [(5, 8, (5, 8)), (100, 8, (32, 8)), (5, 30, (5, 30)), (100, 40, (20, 20)), (5, 128, (5, 35)), (30, 128, (20, 20))],
+)
+def test_a_short_context_holds_a_prompt_and_what_follows(
+    prompt: int, new: int, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    (run,) = measure(clock, [prompt], new, repeats=1, warm_up=0)["runs"]
+    assert (run["tokens"], round((clock.now - run["first_token"][0]) / 0.02)) == lengths
+    assert run["decode"] == pytest.approx([50])
+
+
 def test_a_bench_of_the_whole(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +78,7 @@ def test_a_bench_of_the_whole(
     library.build(values, "host", "f16", out / "lib", context=64)
     (out / "config.json").write_text(json.dumps(values))
     (out / "export.json").write_text(json.dumps({"context": 64, "dtype": "f16"}))
-    bench.bench_command(BenchCommand(folder=str(out), prompts=[8, 16], new_tokens=4, repeats=2, threads=[1]))
+    bench.bench_command(BenchCommand(folder=str(out), prompts=[8, 16], new_tokens=128, repeats=2, threads=[1]))
     found = json.loads((out / bench.FILE).read_text())["measurements"]
     assert [one["engine"] for one in found] == ["ours", *bench.TORCH]
     assert all(prompt["decode"]["median"] > 0 for one in found for prompt in one["prompts"])
@@ -75,6 +88,9 @@ def test_a_bench_of_the_whole(
     assert "next: python -m export phone" in capsys.readouterr().out
     whole = sum(one.stat().st_size for one in (out / "mlc").glob("params_shard_*.bin"))
     assert bench.read_by_decoding(out, "f16") == whole - 2 * values["vocab_size"] * values["hidden_size"]
+    (out / "mlc" / "tensor-cache.json").write_text('{"records": []}')
+    with pytest.raises(UserError, match=r"^a measurement failed: .* do not belong together: [^\n]*$"):
+        bench.ask("library", out, 1)
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:

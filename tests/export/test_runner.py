@@ -80,12 +80,13 @@ def test_the_runner_is_small_and_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_the_whole_protocol_on_an_emulated_phone(folder: Folder, tmp_path: Path) -> None:
-    exported, device = export(folder("qwen3", **SHAPE), "f16"), Phone(tmp_path / "device")
-    protocol = ["--prompts", "[8,40]", "--new-tokens", "4", "--repeats", "2", "--threads", "1"]
+    model = folder("qwen3", **SHAPE | {"max_position_embeddings": 48})  # fewer than what is asked for
+    exported, device = export(model, "f16"), Phone(tmp_path / "device")
+    protocol = ["--prompts", "[8,40]", "--new-tokens", "128", "--repeats", "2", "--threads", "1"]
     done = run_command("-m", "export", "phone", exported, "--adb", device.adb, *protocol)
     assert done.returncode == 3, done.stderr
     assert "not measured: Palmtop Stand-in is emulated, and its speed means nothing" in done.stderr
-    assert "prompt of 40 tokens, run 3 of 3" in done.stdout
+    assert "prompt of 8 tokens, run 3 of 3\nprompt of 24 tokens, run 1 of 3" in done.stdout
     found = json.loads((exported / "phone.json").read_text())
     assert found["library"] == "fhm"
     assert found["emulated"]
