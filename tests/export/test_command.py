@@ -12,28 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from export import __main__ as door
 from export import library, parity
 from export.settings import out_folder
 from export.shards import read_cache
 from tests.conftest import empty_cache, run_command
+from tests.export.conftest import exporting
 from tests.export.test_mlc import FAKE
 
 LIBRARY = "host-0123456789abcdef.so"
-
-
-def exporting(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
-) -> tuple[int, str, str]:
-    """The command in this process: how it ended, what it printed, and its error."""
-    monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
-    code = 0
-    try:
-        door.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from export import __main__ as door
 from export import phone
+from tests.export.conftest import exporting
 from tests.export.fake_adb import PROPERTIES, Phone
 
 REAL = {name: value for name, value in PROPERTIES.items() if name != "ro.kernel.qemu"}
@@ -58,14 +57,7 @@ def measure(device: Phone, exported: Path, monkeypatch: pytest.MonkeyPatch, caps
     """Runs the command: its exit code, output and error."""
 
     def run(*words: str | Path, adb: str | Path = device.adb) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export", "phone", str(exported), "--adb", str(adb), *map(str, words)])
-        code = 0
-        try:
-            door.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
+        return exporting(monkeypatch, capsys, "phone", exported, "--adb", adb, *words)
 
     return run
 
