@@ -7,7 +7,7 @@ and the evaluation do not ask which it is.
 Shapes: B batch, T sequence, D model width, V vocabulary, M = B·T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,8 +159,8 @@ def visible(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
 def cross_entropy(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss and negative log-likelihood of :meth:`models.transformer.Transformer.forward`."""
 
-    def chunk(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
-        nll = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    def chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        nll = F.cross_entropy(logits.float(), targets, reduction="sum")
         return nll, nll.detach()
 
     predicts = targets_M != IGNORE
@@ -170,7 +170,7 @@ def cross_entropy(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tupl
 def summed_by_chunks(
     chunk: Callable[..., tuple[Tensor, Tensor]], hidden_MD: Tensor, head: nn.Linear, *rest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum ``chunk(hidden, head, *rest)`` over chunks of tokens whose logits exist one at a time, in backward too.
+    """Sum ``chunk(logits, *rest)`` over chunks of tokens whose logits exist one at a time.
 
     Args:
         chunk: gives a loss and a figure without gradient.
@@ -178,12 +178,52 @@ def summed_by_chunks(
         head: the head.
         rest: more values of each token.
     """
-    size = HEAD_CHUNK[hidden_MD.device.type]
-    # A zero that reaches every weight: ranks exchange the gradients of all, also where nothing is predicted here.
-    loss = head(hidden_MD[:0]).float().sum()
-    figure = torch.zeros((), device=hidden_MD.device)
-    for first in range(0, len(hidden_MD), size):
-        hidden, *others = (tensor[first : first + size] for tensor in (hidden_MD, *rest))
-        one, other = checkpoint(chunk, hidden, head, *others, use_reentrant=False)
-        loss, figure = loss + one, figure + other
+    # By their names: ZeRO-3 gathers a weight that is asked for so.
+    loss, figure = _ByChunks.apply(chunk, rest, torch.is_grad_enabled(), hidden_MD, head.weight, head.bias)
     return loss, figure
+
+
+class _ByChunks(torch.autograd.Function):
+    """Takes the gradients of each chunk while its logits exist, as :class:`models.transformer.ChunkedCrossEntropy`.
+
+    Nothing is computed twice then, and every weight of the head gets a gradient, also where no token is predicted:
+    ranks exchange the gradients of all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chunk: Callable[..., tuple[Tensor, Tensor]],
+        rest: Sequence[Tensor],
+        with_gradients: bool,  # asked outside: gradients are never enabled in here
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        size = HEAD_CHUNK[hidden_MD.device.type]
+        loss = torch.zeros((), device=hidden_MD.device)
+        figure = torch.zeros_like(loss)
+        trained = [one for one in (weight_VD, bias_V) if with_gradients and one is not None and one.requires_grad]
+        d_trained = [torch.zeros_like(weight, dtype=torch.float32) for weight in trained]
+        d_hidden_MD = torch.empty_like(hidden_MD) if with_gradients else None
+        for first in range(0, len(hidden_MD), size):
+            hidden, *others = (tensor[first : first + size] for tensor in (hidden_MD, *rest))
+            with torch.set_grad_enabled(with_gradients):
+                hidden = hidden.detach().requires_grad_(with_gradients)
+                one, other = chunk(F.linear(hidden, weight_VD, bias_V), *others)
+            loss, figure = loss + one.detach(), figure + other
+            if d_hidden_MD is not None:
+                d_hidden_MD[first : first + size], *slopes = torch.autograd.grad(one, [hidden, *trained])
+                for total, slope in zip(d_trained, slopes, strict=True):
+                    total += slope
+        ctx.save_for_backward(d_hidden_MD, *d_trained)
+        ctx.dtypes = [one.dtype for one in trained]
+        ctx.mark_non_differentiable(figure)
+        return loss, figure
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, d_figure: Tensor) -> Any:
+        d_hidden_MD, *d_trained = ctx.saved_tensors
+        found = iter((total * d_loss).to(dtype) for total, dtype in zip(d_trained, ctx.dtypes, strict=True))
+        d_weight, d_bias = (next(found) if needed else None for needed in ctx.needs_input_grad[4:])
+        return None, None, None, d_hidden_MD * d_loss.to(d_hidden_MD.dtype), d_weight, d_bias

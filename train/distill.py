@@ -54,11 +54,11 @@ class Distillation:
             )
 
         def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
-            def against_teacher(ours: Tensor, head: nn.Linear, theirs: Tensor, targets: Tensor) -> Any:
+            def against_teacher(ours: Tensor, theirs: Tensor, targets: Tensor) -> Any:
                 with torch.no_grad():
                     logits = their_head(theirs).float()
                     logits = logits if self.ids is None else logits[:, self.ids]
-                return _loss(head(ours).float(), logits, targets, weight, temperature)
+                return _loss(ours.float(), logits, targets, weight, temperature)
 
             predicts = targets_M != IGNORE
             rest = theirs_MD[predicts], targets_M[predicts]
