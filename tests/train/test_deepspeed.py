@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from tests.train.test_strategies import ADAMW, compare, run_variants
+from tests.train.test_strategies import ADAMW, TAUGHT, compare, run_variants
 from train.deepspeed import make_strategy
 from train.settings import TrainSettings, model_config, resolve
 
@@ -17,6 +17,7 @@ VARIANTS = [
     ("deepspeed-3", 2, ADAMW, "--micro-batch 8", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--micro-batch 4", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--activation-checkpointing full", 1e-5),
+    ("deepspeed-3", 2, TAUGHT, "", 1e-5),
     ("deepspeed-3-offload", 2, ADAMW, "--micro-batch 4", 1e-5),
     ("deepspeed-3", 2, ADAMW, "--precision bf16", 2e-3),
 ]

@@ -21,6 +21,7 @@ RUN = f"""
 ADAMW = ""
 MUON_32 = "--optimizer.name muon --optimizer.newton-schulz 32"
 MUON_16 = "--optimizer.name muon --optimizer.newton-schulz bf16"
+TAUGHT = "--teacher MODEL --distill.weight 0.5"
 
 VARIANTS = [
     # strategy, ranks, optimiser, more settings (4 rows of 16 are two micro-batches on two ranks), tolerance
@@ -34,6 +35,7 @@ VARIANTS = [
     ("fsdp", 2, ADAMW, "--activation-checkpointing full", 1e-5),
     ("fsdp", 2, MUON_32, "", 1e-5),
     ("fsdp", 2, MUON_16, "", 1e-3),
+    ("fsdp", 2, TAUGHT, "", 1e-5),
     ("hsdp", 4, ADAMW, "--micro-batch 2", 1e-5),
     ("ddp", 2, ADAMW, "--compile on", 1e-5),
     ("fsdp", 2, ADAMW, "--compile on --activation-checkpointing full", 1e-5),
@@ -56,6 +58,8 @@ def run_variants(variants: list, corpus: Path, model: Path, base: Path) -> dict[
         attempts.append({"run": str(base / " ".join(words)), "argv": words, "world": world})
         if strategy == "hsdp":
             attempts[-1]["devices"] = 2
+    for attempt in attempts:
+        attempt["argv"] = [str(model) if word == "MODEL" else word for word in attempt["argv"]]
     ends = kill_and_resume({"argv": [*RUN, "--data", str(corpus), "--init", str(model)], "attempts": attempts})
     for attempt, end in zip(attempts, ends, strict=True):
         assert end["codes"] == [0] * attempt["world"], end["log"][-3000:]
