@@ -7,11 +7,9 @@ names a file there, or any other YAML file, of values that all flags win over.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, cast, get_type_hints
 
@@ -21,6 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
 from common.errors import UserError
+from common.words import CommandLine, closest_first, near_flags
 
 Settings = TypeVar("Settings")
 
@@ -56,25 +55,22 @@ class Count(int):
 register_type(Count, serializer=int, deserializer=Count.parse)
 
 
+_KEPT_SPACE = "\N{NO-BREAK SPACE}"
+"""Between words of the help that stay in one line."""
+
+
 class _Parser(ArgumentParser):
     """An argument parser whose flags are spelled with dashes and whose errors are one line."""
 
+    line: CommandLine
+
     def format_help(self, formatter: Any = None) -> str:
-        text: str = super().format_help(formatter)
+        text: str = super().format_help(formatter).replace(_KEPT_SPACE, " ")
         text = re.sub(r"--[a-z_.]+", lambda flag: flag[0].replace("_", "-"), text)
-        text = re.sub(r"\s*\(type:\s[^()]*?,\s+default:\s+null\)", "", text)
-        text = re.sub(r"\(type:\s[^()]*?,\s+default:\s+", "(default: ", text)
-        text = re.sub(r"^  --\w+ CONFIG +Path to a configuration file\.\n", "", text, flags=re.M)
-        return re.sub(r"\s+\[--(?!config)\w+ CONFIG\]", "", text)
+        return re.sub(r"^  --[\w.-]+ CONFIG +Path to a configuration file\.\n", "", text, flags=re.M)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self._with_suggestions(_shorter(message)))
-
-    def _with_suggestions(self, message: str) -> str:
-        unknown = re.findall(r"--[\w.-]+", message) if "nrecognized" in message else []
-        known = [flag.replace("_", "-") for flag in self._option_string_actions if flag.startswith("--")]
-        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
-        return message + (f" Did you mean {', '.join(near)}?" if near else "")
+        raise UserError(_plainly(message, self.line))
 
 
 def parse(
@@ -83,6 +79,8 @@ def parse(
     *,
     prog: str,
     description: str,
+    positional: str = "",
+    commands: Sequence[str] = (),
 ) -> Settings:
     """Read ``argv`` into the settings dataclass ``kind``.
 
@@ -91,21 +89,27 @@ def parse(
         argv: the words after the program's name.
         prog: how the command is typed, for the help.
         description: what the help says first; end it with an example.
+        positional: the fields whose values may be typed without a flag, anywhere, separated by spaces; the last may be
+            a list.
+        commands: what the first word could have been in place of all this, for one that is mistyped.
 
     Raises:
-        UserError: unknown flags, values that do not parse, a configuration file or a recipe that is not there.
+        UserError: unknown flags, values that do not parse, words for which there is no place, a configuration file or a
+            recipe that is not there.
         SystemExit: with 0 after ``--help``.
     """
     # Finding the strings under the fields means reading source again: a sixth of a second, for the help alone.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv))
-    parser = _Parser(prog=prog, description=description, formatter_class=_Formatter)
+    line = CommandLine(prog, {"config": str} | _hints(kind), positional.split(), commands)
+    parser = _Parser(prog=prog, usage=line.usage, description=description, formatter_class=_Formatter)
+    parser.line = line
     parser.add_argument(
         "--config",
         action=jsonargparse.ActionConfigFile,  # type: ignore[attr-defined]
         help="YAML file of settings; flags after it win.",
     )
     parser.add_class_arguments(kind, None)
-    words = _normalise(kind, argv)
+    words = line.flags(argv)
     recipe = _recipe(kind, words)
     namespace = parser.parse_args(words if recipe is None else ["--config", str(recipe), *words])
     namespace.pop("config", None)
@@ -116,11 +120,11 @@ def _recipe(kind: type, words: Sequence[str]) -> Path | None:
     """The file of the recipe that is asked for, the last of several; None where none is."""
     folders = {f"--{field.name}": field.metadata.get("recipes") for field in dataclasses.fields(kind)}
     asked = None
-    for word, following in pairwise([*words, ""]):
-        flag, equals, value = word.partition("=")
+    for word in words:
+        flag, _, value = word.partition("=")
         folder = folders.get(flag)
         if folder is not None:
-            asked = recipe_file(value if equals else following, folder)
+            asked = recipe_file(value, folder)
     return asked
 
 
@@ -136,10 +140,8 @@ def recipe_file(name: str, folder: str) -> Path:
         return Path(name)
     known = sorted(path.stem for path in (RECIPES / folder).glob("*.yaml"))
     if name not in known:
-        ranked = sorted(known, key=lambda one: -difflib.SequenceMatcher(None, name, one).ratio())
-        raise UserError(
-            f"no recipe is called {name!r}; there are {', '.join(ranked)} (closest first), or give a YAML file"
-        )
+        ranked = ", ".join(closest_first(name, known))
+        raise UserError(f"no recipe is called {name!r}; there are {ranked} (closest first), or give a YAML file")
     return RECIPES / folder / f"{name}.yaml"
 
 
@@ -208,15 +210,44 @@ def _group(stored: Any) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def _shorter(message: str) -> str:
-    """One line of jsonargparse's report: the flag as it is typed, and what is wrong with its value."""
-    message = re.sub(r'Parser key "([\w.]+)":\s*', lambda key: f"--{key[1].replace('_', '-')}: ", message)
-    reasons = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
-    telling = [reason.split(": ", 1)[-1] for reason in reasons if "NoneType" not in reason]
-    head, *rest = message.splitlines()
-    if telling and "Union" in message:
-        return f"{head.partition(': ')[0]}: {telling[0]}"
-    return " ".join([head, *(line.strip() for line in rest)])[:400]
+_WRONG = {
+    "int": "is not a whole number",
+    "float": "is not a number",
+    "bool": "is neither true nor false",
+    "str": "is not text; put it in quotes",
+    "list": "is not a list such as [1, 2]",
+}
+"""What is said of a value that is not of a type."""
+
+
+def _plainly(message: str, line: CommandLine) -> str:
+    """One sentence of jsonargparse's report: the flag as it is typed, its value, and what is wrong with that."""
+    missing = re.search(r"arguments are required: ([\w.]+)", message)
+    if missing:
+        return f"{missing[1].upper()} is missing; the command is {line.usage}"
+    stranger = re.search(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", message)
+    if stranger:  # in a file
+        name = ".".join(filter(None, stranger.groups()))
+        return f"the file of settings has {name}, which is no setting here{near_flags(name, line.hints)}"
+    key = re.match(r'Parser key "([\w.]+)":\s*', message)
+    flag, report = (f"--{key[1].replace('_', '-')}: ", message[key.end() :]) if key else ("", message)
+    return flag + (_wrong(report) or " ".join(report.split()))[:400]
+
+
+def _wrong(report: str) -> str:
+    """What is wrong with a value, of jsonargparse's report on it; empty where that says something else."""
+    given = re.search(r"(?:Got|Given) value: (.*)", report, re.S)
+    value = given[1].strip() if given else ""
+    choices = re.search(r"Expected a typing\.Literal\[(.*)\]", report)
+    names = ", ".join(closest_first(value, re.findall(r"'(.*?)'", choices[1]))) if choices else ""
+    own = re.search(r"Not of type \w+: (.*)", report)
+    if own:  # the sentence of the type itself, in which the report may have left the value out
+        sentence = f"{value!r} {own[1]}" if own[1].startswith("is ") else own[1]
+        return f"{sentence}, or one of {names}" if names else sentence
+    if names:
+        return f"{value!r} is not one of {names}"
+    kind = re.search(r"Expected a <class '(\w+)'>", report)
+    return f"{value!r} {_WRONG[kind[1]]}" if kind else ""
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -225,38 +256,24 @@ class _Formatter(DefaultHelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **({"max_help_position": 32} | options))
 
+    def _get_help_string(self, action: Any) -> str:
+        """The text of a flag, and its default where it has one."""
+        text, typed = re.subn(r" \((?:required, )?type: .*\)$", "", super()._get_help_string(action))
+        return f"{text} (default:{_KEPT_SPACE}%(default)s)" if typed and action.default not in (None, "", []) else text
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-def _normalise(kind: type, argv: Sequence[str]) -> list[str]:
-    """Accept ``--seq-len`` for the field ``seq_len``, and a bare ``--deterministic`` or ``--compile``."""
-    words: list[str] = []
-    bare = _bare_values(kind)
-    for position, word in enumerate(argv):
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        name = flag[2:].replace("-", "_")
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if not equals and following.startswith("--") and name in bare:
-            equals, value = "=", bare[name]
-        words.append("--" + name + equals + value)
-    return words
-
-
-def _bare_values(kind: type, prefix: str = "") -> dict[str, str]:
-    """What a flag without a value means: true for a bool, on for a choice of auto, on and off."""
-    values: dict[str, str] = {}
+def _hints(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every flag's value, by the flag's name; groups are their flags."""
+    hints: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
-            values |= _bare_values(cast(type, hint), f"{prefix}{name}.")
-        elif hint is bool:
-            values[prefix + name] = "true"
-        elif {"on", "off"} <= set(getattr(hint, "__args__", ())):
-            values[prefix + name] = "on"
-    return values
+            hints |= _hints(cast(type, hint), f"{prefix}{name}.")
+        else:
+            hints[prefix + name] = hint
+    return hints
 
 
 def _build(kind: type[Settings], namespace: Namespace) -> Settings:
@@ -268,6 +285,8 @@ def _build(kind: type[Settings], namespace: Namespace) -> Settings:
         value = getattr(namespace, field.name)
         if isinstance(value, Namespace):
             value = _build(cast(type, hints[field.name]), value)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            raise UserError(f"{field.name} is a group of settings, not {value!r}")
         values[field.name] = value
     try:
         return kind(**values)
