@@ -12,6 +12,7 @@ from common.command import run_command
 from common.console import Console, duration
 from common.errors import UserError
 from common.settings import parse, to_dict
+from common.words import no_command
 
 USAGE = """\
 usage: python -m data {tokenizer,prepare} [options]
@@ -34,7 +35,7 @@ def main() -> None:
     elif word in commands:
         commands[word](sys.argv[2:])
     else:
-        raise UserError(f"there is no command {word!r}; the commands are {', '.join(commands)}")
+        raise no_command("python -m data", word, tuple(commands))
 
 
 def _tokenizer(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ BENCH = """\
 Measure prefill, decode, first token and memory of an exported folder on this machine, transformers beside it.
 
 example:
-  python -m export bench runs/1b/export --threads '[1,2]'
+  python -m export bench runs/1b/export --threads 1,2
 """
 
 PHONE = """\
@@ -45,25 +45,27 @@ def _main() -> None:
 
     word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "bench":
-        bench = parse(BenchCommand, _named("--folder", rest), prog="python -m export bench", description=BENCH)
+        bench = parse(BenchCommand, rest, prog="python -m export bench", description=BENCH, positional="folder")
         from export.bench import bench_command
 
         bench_command(bench)
     elif word == "phone":
-        phone = parse(PhoneCommand, _named("--folder", rest), prog="python -m export phone", description=PHONE)
+        phone = parse(PhoneCommand, rest, prog="python -m export phone", description=PHONE, positional="folder")
         from export.phone import phone_command
 
         phone_command(phone)
     else:
-        asked = parse(ExportCommand, _named("--model", sys.argv[1:]), prog="python -m export", description=DESCRIPTION)
+        asked = parse(
+            ExportCommand,
+            sys.argv[1:],
+            prog="python -m export",
+            description=DESCRIPTION,
+            positional="model",
+            commands=("bench", "phone"),
+        )
         from export.command import export_command
 
         export_command(asked)
-
-
-def _named(flag: str, words: list[str]) -> list[str]:
-    """The words with a flag before the first, where that is not one itself."""
-    return [flag, *words] if words and not words[0].startswith("-") else words
 
 
 if __name__ == "__main__":

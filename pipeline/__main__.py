@@ -1,6 +1,5 @@
 """``python -m pipeline RECIPE.yaml``: all stages of a recipe, here or as SLURM jobs."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -30,7 +29,8 @@ def _main() -> None:
     from pipeline.settings import PipelineCommand
     from pipeline.stages import tasks
 
-    command = parse(PipelineCommand, _named(sys.argv[1:]), prog="python -m pipeline", description=DESCRIPTION)
+    prog = "python -m pipeline"
+    command = parse(PipelineCommand, sys.argv[1:], prog=prog, description=DESCRIPTION, positional="recipe changes")
     assert command.recipe is not None
     recipe = read_recipe(Path(command.recipe), command.changes)
     every = tasks(recipe)
@@ -50,15 +50,6 @@ def _main() -> None:
         from pipeline.run import run_recipe
 
         run_recipe(recipe, every)
-
-
-def _named(words: list[str]) -> list[str]:
-    """The words with flags for the recipe and the changes before the first flag, which are typed without."""
-    count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
-    first, rest = words[:count], words[count:]
-    recipe = [f"--recipe={first[0]}"] if first else []
-    changes = [f"--changes={json.dumps(first[1:])}"] if first[1:] else []
-    return [*recipe, *changes, *rest]
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Kind:
     def parse(self, values: Mapping[str, str]) -> Any:
         """The settings as the command will understand them; UserError for what it would refuse."""
         module, _, name = self.settings.partition(":")
-        words = [f"--{key}={value}" for key, value in values.items()]
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         return parse(getattr(import_module(module), name), words, prog="", description="")
 
     def typed(self, values: Mapping[str, str]) -> list[str]:

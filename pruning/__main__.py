@@ -38,14 +38,20 @@ def _main() -> None:
 
     word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "import":
-        words = ["--model", *rest] if rest and not rest[0].startswith("-") else rest
-        command = parse(ImportCommand, words, prog="python -m pruning import", description=IMPORT)
+        prog = "python -m pruning import"
+        command = parse(ImportCommand, rest, prog=prog, description=IMPORT, positional="model")
         from pruning.command import import_command
 
         import_command(command)
         return
-    words = ["--model", *sys.argv[1:]] if word and not word.startswith("-") else sys.argv[1:]
-    asked = parse(PruneCommand, words, prog="python -m pruning", description=DESCRIPTION)
+    asked = parse(
+        PruneCommand,
+        sys.argv[1:],
+        prog="python -m pruning",
+        description=DESCRIPTION,
+        positional="model",
+        commands=("import",),
+    )
     if asked.plan:
         from pruning.outline import show_outline
 

@@ -44,11 +44,18 @@ def _main() -> None:
     if word == "rescore":
         about = "Score given answers, JSON lines of task, row, output, without a model.\n\nexample:\n  "
         about += "python -m scoring rescore answers.jsonl --data eval\n"
-        words = ["--answers", *rest] if rest and not rest[0].startswith("-") else rest
-        _rescore(parse(RescoreSettings, words, prog="python -m scoring rescore", description=about))
+        prog = "python -m scoring rescore"
+        _rescore(parse(RescoreSettings, rest, prog=prog, description=about, positional="answers"))
         return
-    words = ["--model", word, *rest] if word and not word.startswith("-") else sys.argv[1:]
-    _score(parse(ScoreCommand, words, prog="python -m scoring", description=DESCRIPTION))
+    command = parse(
+        ScoreCommand,
+        sys.argv[1:],
+        prog="python -m scoring",
+        description=DESCRIPTION,
+        positional="model",
+        commands=("prompts", "rescore"),
+    )
+    _score(command)
 
 
 def _score(command: "ScoreCommand") -> None:

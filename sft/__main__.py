@@ -50,9 +50,14 @@ def _main() -> None:
     from common.settings import parse
     from sft.settings import SftCommand, sft_settings
 
-    word = (sys.argv[1:2] or [""])[0]
-    words = ["--model", *sys.argv[1:]] if word and not word.startswith("-") else sys.argv[1:]
-    command = parse(SftCommand, words, prog="python -m sft", description=DESCRIPTION)
+    command = parse(
+        SftCommand,
+        sys.argv[1:],
+        prog="python -m sft",
+        description=DESCRIPTION,
+        positional="model",
+        commands=("chat", "formats"),
+    )
     if command.show is not None:
         signals.clear()  # there is nothing to save
         from sft.finetune import show_data

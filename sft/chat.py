@@ -35,8 +35,7 @@ HELP = """\
 
 def chat_command(argv: list[str]) -> None:
     """Parse, load and talk until the user leaves."""
-    words = ["--model", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
-    settings = parse(ChatSettings, words, prog="python -m sft chat", description=DESCRIPTION)
+    settings = parse(ChatSettings, argv, prog="python -m sft chat", description=DESCRIPTION, positional="model")
     assistant = Assistant.load(settings)
     model, choice = assistant.model, f"temperature {settings.temperature:g}, top-p {settings.top_p:g}"
     for stream in (sys.stdin, sys.stdout):  # what the terminal's encoding does not know must not end the chat

@@ -1,11 +1,8 @@
 """``python -m submit report | leaderboard | bundle``: show a run, compare runs, hand one in."""
 
-import json
 import sys
-from collections.abc import Sequence
 
 from common.command import run_command
-from common.errors import UserError
 
 DESCRIPTION = """\
 python -m submit report RUN                 one page of a run: curves, scores, speed, memory, settings
@@ -45,41 +42,30 @@ def main() -> None:
 
 def _main() -> None:
     from common.settings import parse
+    from common.words import no_command
     from submit.settings import BundleCommand, LeaderboardCommand, ReportCommand
 
     word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "report":
-        asked = parse(ReportCommand, _named("run", rest), prog="python -m submit report", description=REPORT)
+        asked = parse(ReportCommand, rest, prog="python -m submit report", description=REPORT, positional="run")
         from submit.report import report_command
 
         report_command(asked)
     elif word == "leaderboard":
-        words = [word for word in rest if word.startswith("--")]
-        count = rest.index(words[0]) if words else len(rest)
-        listed = ["--runs", json.dumps(rest[:count])] if count else []
-        runs = parse(
-            LeaderboardCommand,
-            [*listed, *rest[count:]],
-            prog="python -m submit leaderboard",
-            description=LEADERBOARD,
-        )
+        prog = "python -m submit leaderboard"
+        runs = parse(LeaderboardCommand, rest, prog=prog, description=LEADERBOARD, positional="runs")
         from submit.leaderboard import leaderboard_command
 
         leaderboard_command(runs)
     elif word == "bundle":
-        bundle = parse(BundleCommand, _named("run", rest), prog="python -m submit bundle", description=BUNDLE)
+        bundle = parse(BundleCommand, rest, prog="python -m submit bundle", description=BUNDLE, positional="run")
         from submit.bundle import bundle_command
 
         bundle_command(bundle)
     elif word in ("", "-h", "--help"):
         print(DESCRIPTION, end="")
     else:
-        raise UserError(f"python -m submit {word} is no command; there are report, leaderboard and bundle")
-
-
-def _named(name: str, words: Sequence[str]) -> list[str]:
-    """The words with the flag of the first, where that is no flag itself."""
-    return [f"--{name}", *words] if words and not words[0].startswith("-") else list(words)
+        raise no_command("python -m submit", word, ("report", "leaderboard", "bundle"))
 
 
 if __name__ == "__main__":

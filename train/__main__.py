@@ -42,7 +42,9 @@ def _main() -> None:
     from common.settings import parse
     from train.settings import TrainCommand, run_settings
 
-    command = parse(TrainCommand, sys.argv[1:], prog="python train.py", description=DESCRIPTION)
+    command = parse(
+        TrainCommand, sys.argv[1:], prog="python train.py", description=DESCRIPTION, commands=("consolidate",)
+    )
     if command.plan:
         from train.plan_table import print_plan
 

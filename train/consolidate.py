@@ -27,8 +27,8 @@ class ConsolidateSettings:
 
 def consolidate_command(argv: list[str]) -> None:
     """Parse and consolidate."""
-    words = ["--source", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
-    settings = parse(ConsolidateSettings, words, prog="python train.py consolidate", description=DESCRIPTION)
+    prog = "python train.py consolidate"
+    settings = parse(ConsolidateSettings, argv, prog=prog, description=DESCRIPTION, positional="source")
     made = consolidate(Path(settings.source), None if settings.out is None else Path(settings.out))
     print(f"model: {made}")
 

@@ -48,7 +48,7 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path) -> None:
     for words, says in [
         ((tmp_path / "nothing",), "neither a checkpoint nor a run"),
         ((broken / "checkpoints" / "step-0000004",), "is damaged"),
-        ((), "source"),
+        ((), "SOURCE is missing"),
     ]:
         done = forked().run("train.py", "consolidate", *words)
         assert done.returncode == 2
