@@ -197,7 +197,6 @@ def activation_bytes(
     *,
     checkpointing: str = "none",
     compiled: bool = False,
-    masked: bool = False,
 ) -> int:
     """Bytes that a forward pass keeps for the backward pass, without the head and its loss.
 
@@ -217,7 +216,6 @@ def activation_bytes(
         bytes_per_value: 4 in fp32, 2 in bf16.
         checkpointing: none, selective or full.
         compiled: the blocks are compiled.
-        masked: rows of several documents on a CPU, which keeps an additive mask, b·T·T a row.
     """
     stream = bytes_per_value * config.width
     attention = attention_values(config, bytes_per_value, compiled=compiled)
@@ -225,8 +223,7 @@ def activation_bytes(
     between = 0 if compiled else stream  # compiled it is made again from the block's input and the product kept
     block = {"none": attention + ffn, "selective": attention + between, "full": stream}[checkpointing]
     ends = bytes_per_value * config.head_width + 8 * config.width + 4 + 8
-    mask = rows * seq_len**2 * bytes_per_value if masked else 0
-    return rows * seq_len * (config.layers * block + ends) + mask
+    return rows * seq_len * (config.layers * block + ends)
 
 
 def backward_bytes(

@@ -10,15 +10,14 @@ feed-forward width, V vocabulary, M = B·T tokens.
 import hashlib
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import Documents, attend, documents_of
 from models.sizes import ModelConfig
 
 IGNORE = -100
@@ -56,14 +55,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         B, T, _ = x_BTD.shape
         qkv_BTHN = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_width)
         q_BTHN, k_BTKN, v_BTKN = qkv_BTHN.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHN, k_BTKN = self.q_norm(q_BTHN), self.k_norm(k_BTKN)
         q_BTHN, k_BTKN = rotate(q_BTHN, *rotary), rotate(k_BTKN, *rotary)
-        y_BHTN = attend(q_BTHN.transpose(1, 2), k_BTKN.transpose(1, 2), v_BTKN.transpose(1, 2), mask)
+        y_BHTN = attend(q_BTHN.transpose(1, 2), k_BTKN.transpose(1, 2), v_BTKN.transpose(1, 2), documents)
         return cast(Tensor, self.out(y_BHTN.transpose(1, 2).reshape(B, T, self.heads * self.head_width)))
 
 
@@ -96,17 +95,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._whole, x_BTD, rotary, mask, use_reentrant=False))
-        return self._whole(x_BTD, rotary, mask)
+            return cast(Tensor, checkpoint(self._whole, x_BTD, rotary, documents, use_reentrant=False))
+        return self._whole(x_BTD, rotary, documents)
 
     def compile_forward(self) -> None:
         """Compile what the block computes."""
         self._whole = torch.compile(self._whole, dynamic=False)  # type: ignore[method-assign]
 
-    def _whole(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
+    def _whole(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, documents)
         if self.checkpointing == "selective" and torch.is_grad_enabled():
             return x_BTD + cast(Tensor, checkpoint(self._feed_forward, x_BTD, use_reentrant=False))
         return x_BTD + self._feed_forward(x_BTD)
@@ -195,13 +194,13 @@ class Transformer(nn.Module):
         dtype = compute_dtype(self.embedding.weight)
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-            mask = None
+            documents = None
         else:
-            mask = document_mask(positions_BT, dtype)
+            documents = documents_of(positions_BT)
         rotary = rotary_table(positions_BT, self.config, dtype)
         x_BTD = self.embedding(tokens_BT).to(dtype)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotary, mask)
+            x_BTD = block(x_BTD, rotary, documents)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head(x_BTD)
@@ -235,47 +234,6 @@ def rotate(x_BTHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + N/2) of every head, the layout of Llama's Hugging Face weights."""
     a, b = x_BTHN.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
-    """What each position may see: itself and the earlier positions of its own document.
-
-    On CUDA a block mask for flex attention, which skips the blocks between documents; elsewhere, where
-    flex attention has no backward pass, an additive mask (B, 1, T, T) of 0 and -inf.
-    """
-    documents_BT = (positions_BT == 0).cumsum(1)
-    B, T = documents_BT.shape
-    if positions_BT.device.type == "cuda":
-
-        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (documents_BT[b, query] == documents_BT[b, key])
-
-        return _create_block_mask()(visible, B, None, T, T, device=positions_BT.device)
-    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=positions_BT.device).tril()
-    return torch.zeros(B, 1, T, T, dtype=dtype, device=positions_BT.device).masked_fill(~(same & causal), -math.inf)
-
-
-def attend(q_BHTN: Tensor, k_BKTN: Tensor, v_BKTN: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Softmax attention, scaled by 1/sqrt(N): causal without a mask, else what the mask lets through."""
-    if isinstance(mask, BlockMask):
-        # Uncompiled, flex attention builds the whole score matrix: on a GPU it is only used compiled.
-        alone = q_BHTN.device.type == "cuda" and not torch.compiler.is_compiling()
-        flex: Any = _compiled_flex_attention() if alone else flex_attention
-        return cast(Tensor, flex(q_BHTN, k_BKTN, v_BKTN, block_mask=mask, enable_gqa=True))
-    return F.scaled_dot_product_attention(
-        q_BHTN, k_BKTN, v_BKTN, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-
-
-@cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@cache
-def _create_block_mask() -> Any:
-    return torch.compile(create_block_mask)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -227,7 +227,6 @@ def memory(job: Workload, strategy: str, checkpointing: str, micro_rows: int) ->
         size,
         checkpointing=checkpointing,
         compiled=compiled,
-        masked=kind == "cpu",
     )
     step = step_bytes(job, strategy)
     buffers = buffer_bytes(job, strategy) + max(0, backward - logits, step - activations - logits)

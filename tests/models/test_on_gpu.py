@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import torch
 
-from models.transformer import Transformer, attend, document_mask
-from tests.models.test_transformer import CONFIG, POSITIONS, queries_keys_values, shifted, tokens
+from models.attention import attend, documents_of
+from models.transformer import Transformer
+from tests.models.test_attention import queries_keys_values
+from tests.models.test_transformer import CONFIG, POSITIONS, shifted, tokens
 
 
 def test_flex_attention_on_a_gpu_is_masked_attention() -> None:
     positions = torch.arange(256).remainder(100).repeat(2, 1)
     ours, reference = queries_keys_values(256, "cuda"), queries_keys_values(256)
-    on_gpu = attend(*ours, document_mask(positions.cuda(), torch.float32))
-    on_cpu = attend(*reference, document_mask(positions, torch.float32))
+    on_gpu = attend(*ours, documents_of(positions.cuda()))
+    on_cpu = attend(*reference, documents_of(positions))
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=5e-3)  # its products are in TF32
     on_gpu.square().sum().backward()
     on_cpu.square().sum().backward()

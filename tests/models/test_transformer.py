@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import transformer
 from models.sizes import ModelConfig
-from models.transformer import IGNORE, ChunkedCrossEntropy, Transformer, attend, chunk_loss, document_mask
+from models.transformer import HEAD_CHUNK, IGNORE, ChunkedCrossEntropy, Transformer, chunk_loss
 
 CONFIG = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, head_width=8, ffn=48, vocab=61, context=32, tied=False, qk_norm=True
@@ -73,7 +72,7 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("count", [1, 16, 39])  # chunks of 16: part of one, one, two and a part
 def test_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, count: int, z_loss: float) -> None:
-    monkeypatch.setitem(transformer.HEAD_CHUNK, "cpu", 16)
+    monkeypatch.setitem(HEAD_CHUNK, "cpu", 16)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 8, generator=generator, dtype=torch.float64).float().requires_grad_()
     weight = torch.randn(21, 8, generator=generator).requires_grad_()
@@ -201,28 +200,7 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert not one[unscaled].equal(one["blocks.0.attention.qkv.weight"])
 
 
-# Attention and compilation
-
-
-def queries_keys_values(length: int, device: str = "cpu") -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, length, 16) for heads in (4, 2, 2)]
-    return [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
-
-
-def block_mask(positions: Tensor) -> transformer.BlockMask:
-    """The mask of the GPU path, for tensors on the CPU."""
-    documents = (positions == 0).cumsum(1)
-    return transformer.create_block_mask(
-        lambda b, h, query, key: (query >= key) & (documents[b, query] == documents[b, key]),
-        len(positions), None, positions.shape[1], positions.shape[1], device="cpu",
-    )  # fmt: skip
-
-
-def test_flex_attention_is_masked_attention() -> None:
-    qkv = [x.detach() for x in queries_keys_values(POSITIONS.shape[1])]  # on a CPU it has no backward pass
-    masked = attend(*qkv, document_mask(POSITIONS, torch.float32))
-    torch.testing.assert_close(attend(*qkv, block_mask(POSITIONS)), masked, rtol=0, atol=1e-6)
+# Compilation
 
 
 def test_eager_steps_repeat_to_the_bit() -> None:
