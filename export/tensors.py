@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 from common.errors import UserError
+from models.folder import INDEX, weight_files, weight_index
 
 Array = np.ndarray[Any, Any]
 
@@ -24,8 +25,6 @@ STORED: dict[str, np.dtype[Any]] = {
 }
 """Safetensors' floating-point types; NumPy has no bf16, whose bits are the upper half of an fp32."""
 
-INDEX = "model.safetensors.index.json"
-
 
 class Tensors:
     """The safetensors files of a folder.
@@ -35,9 +34,8 @@ class Tensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        order = self._index()
-        files = dict.fromkeys(order.values()) if order else [folder / "model.safetensors"]
+        files = weight_files(folder)
+        order = {name: file for name, file in weight_index(folder).items() if file in files}
         found: dict[str, tuple[Path, dict[str, Any], int]] = {}
         for file in files:
             found |= self._read_header(file)
@@ -73,24 +71,8 @@ class Tensors:
                 left -= len(piece)
                 yield (piece.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else piece
 
-    def _index(self) -> dict[str, Path]:
-        """The file of each tensor, where the weights are in several files."""
-        path = self._folder / INDEX
-        if not path.exists():
-            return {}
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {name: self._folder / Path(file).name for name, file in names.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} cannot be read: {error!r}") from error
-
     def _read_header(self, file: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
         """Where each tensor lies in a file, in the order in which they lie there."""
-        if not file.exists():
-            raise UserError(
-                f"{self._folder} holds no {file.name}; weights in other formats, such as pickles, must be converted "
-                "to safetensors first"
-            )
         try:
             with safe_open(file, framework="np"):
                 pass  # it checks that the header is sound and that the file is whole

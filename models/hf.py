@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_json
+from models.folder import INDEX, WEIGHTS, weight_files
 from models.hf_config import read_config, to_config
 from models.sizes import ModelConfig
 from models.transformer import Transformer
@@ -83,7 +84,7 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor
         used += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
         return
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -91,23 +92,20 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in weights.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 class WeightFiles:
     """The tensors in a model folder's safetensors files, read when they are asked for.
 
     Raises:
-        UserError: there are none, or one is cut.
+        UserError: there are none, or one is missing or cut.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} holds no model*.safetensors; weights in other formats must be converted first")
-        for file in files:
+        for file in weight_files(folder):
             with self._open(file) as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
 

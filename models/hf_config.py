@@ -145,10 +145,14 @@ def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The contents of a folder's ``config.json``; UserError when it has none that can be read."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give a model folder")
+    if not folder.exists():
+        raise UserError(f"there is no model folder {folder}")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json (a run's model is in its model/)")
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no model folder: it has no config.json") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if not isinstance(values, dict):

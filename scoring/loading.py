@@ -8,16 +8,14 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from models.folder import check_model
 from models.foreign import Foreign
 from models.hf import to_hugging_face
-from models.hf_config import read_values, to_config
+from models.hf_config import to_config
 from models.transformer import Transformer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Without one of these transformers makes up an empty tokenizer."""
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-"""Weights in files that can run code when they are read."""
 
 
 def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -32,7 +30,7 @@ def load(folder: Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, 
         UserError: it is no model folder, its weights are no safetensors or do not fit its ``config.json``, it has no
             tokenizer or one without an end token, or the device is not there.
     """
-    check_folder(folder)
+    check_model(folder)
     where = _device(device)
     tokenizer = load_tokenizer(folder)
     from transformers import AutoModelForCausalLM, logging
@@ -93,25 +91,6 @@ def in_memory(model: Transformer | Foreign) -> Any:
         twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
     twin.generation_config.eos_token_id = None
     return twin.requires_grad_(False).eval()
-
-
-def check_folder(folder: Path) -> None:
-    """Raise a UserError that says so where a folder is no model folder with weights that are safe to read."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no model folder: it has no config.json (a run's model is in its model/)")
-    read_values(folder)
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when it is read, so it is "
-            "refused. Convert it to safetensors first, where you trust it: load it with transformers and call "
-            "save_pretrained(NEW_FOLDER)"
-        )
-    raise UserError(f"{folder} has no weights: model.safetensors is missing")
 
 
 def _device(name: str) -> str:

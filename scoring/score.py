@@ -12,15 +12,16 @@ from common.errors import UserError
 from common.files import exclusive
 from common.run_folder import git_commit
 from common.settings import to_dict
+from models.folder import check_model
 from scoring import sample, sandbox
 from scoring.answers import Answers
 from scoring.competition import GROUPS, TASKS, Row, Scored, group_score, score_outputs, task_extras, task_score
 from scoring.competition.data import count_warning
 from scoring.fingerprint import fingerprint
-from scoring.loading import check_folder, load, load_tokenizer
+from scoring.loading import load, load_tokenizer
 from scoring.requests import Engine
 from scoring.results import Score, TaskResult, interval, means
-from scoring.settings import ScoreSettings, fine_tuned, out_folder, words
+from scoring.settings import ScoreSettings, data_folder, fine_tuned, out_folder, words
 
 
 def score(folder: Path, settings: ScoreSettings, console: Console | None = None) -> Score:
@@ -38,7 +39,7 @@ def score(folder: Path, settings: ScoreSettings, console: Console | None = None)
         UserError: the folder, the data, the engine or kept answers are not fit for it; finished answers are kept.
     """
     console = console or Console(rank=1)
-    check_folder(folder)
+    check_model(folder)
     form, out = choose_form(folder, settings.form), out_folder(folder, settings)
     with exclusive(out, f"the scores in {out}"):
         found = _Scoring(folder, settings, form, out, console).run()
@@ -73,7 +74,7 @@ class _Scoring:
         settings, found = self.settings, self.found
         for suite in settings.suites:
             if suite in ("competition", "sample"):
-                self._competition(sample.FOLDER if suite == "sample" else _path(settings.data))
+                self._competition(sample.FOLDER if suite == "sample" else data_folder(settings.data))
             elif suite == "quick":
                 found.quick = self._quick()
             else:
@@ -244,7 +245,7 @@ class _Scoring:
         # Likelihoods of plain text, whatever the model was trained to.
         generator = Generator(model, tokenizer, self._generation(early_stop=True))
         lm = FolderModel(generator, tokenizer, console=self.console)
-        results, warnings = score_quick(lm, list(QUICK), _path(s.data), limit=s.limit, seed=s.seed)
+        results, warnings = score_quick(lm, list(QUICK), data_folder(s.data), limit=s.limit, seed=s.seed)
         for warning in warnings:
             self._warn(warning)
         return results
@@ -324,11 +325,3 @@ def choose_form(folder: Path, asked: str) -> str:
         return asked
     ours = fine_tuned(folder)
     return "chat" if template and ours is not False else "base"
-
-
-def _path(text: str | None) -> Path | None:
-    if text is None:
-        return None
-    if not Path(text).is_dir():
-        raise UserError(f"--data {text} is no folder")
-    return Path(text)

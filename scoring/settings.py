@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from common.settings import Count, option
 
 SUITES = ("competition", "quick", "c4", "sample")
@@ -133,6 +134,13 @@ class RescoreSettings:
 def words(text: str | None) -> list[str]:
     """Names separated by commas."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def data_folder(data: str | None, flag: str = "--data") -> Path | None:
+    """The folder of evaluation data that a flag names; UserError where there is none."""
+    if data is not None and not Path(data).is_dir():
+        raise UserError(f"{flag} {data} is no folder")
+    return None if data is None else Path(data)
 
 
 def out_folder(model: Path, settings: ScoreSettings) -> Path:

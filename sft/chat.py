@@ -12,6 +12,7 @@ from common.console import Console
 from common.errors import UserError
 from common.settings import parse
 from data.chat import Conversation
+from models.folder import check_model
 from sft.chat_settings import ChatSettings
 
 if TYPE_CHECKING:
@@ -138,14 +139,14 @@ class Assistant:
     @classmethod
     def load(cls, settings: ChatSettings) -> "Assistant":
         """Read a model folder; UserError says what is missing or damaged in it."""
+        folder = Path(settings.model)
+        check_model(folder)
         import torch
         from transformers import logging
 
-        from scoring.loading import check_folder, load, load_tokenizer
+        from scoring.loading import load, load_tokenizer
 
-        folder = Path(settings.model)
         logging.set_verbosity_error()
-        check_folder(folder)
         if not load_tokenizer(folder).chat_template:  # the weights may take minutes to load
             raise UserError(f"{folder} has no chat template; fine-tune it first with `python -m sft {folder}`")
         cuda = settings.device != "cpu" and torch.cuda.is_available()

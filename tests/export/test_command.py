@@ -125,7 +125,8 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     for asked, message in [
         ([], "give the model folder to export: python -m export MODEL"),
         ([tmp_path], "is no model folder: it has no config.json"),
-        ([pickled], "such as pickles, must be converted to safetensors first"),
+        ([mine / "diary.txt"], "diary.txt is a file; give a model folder"),
+        ([pickled], "has its weights only as pickle (pytorch_model.bin), which can run code"),
         ([large], "model.norm.weight of"),
         ([micro_model, "--context", "4k"], "--context 4,000 is beyond the 64 tokens"),
         ([micro_model, "--context", "0"], "--context must be at least 1"),

@@ -225,7 +225,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([micro_model, "--params", "0.8", "--phone-memory", "1GB"], "are two targets; give one"),
         ([tmp_path, "--params", "0.8"], "is no model folder: it has no config.json"),
         ([micro_model, "--params", "0.01"], "no legal shape of this model meets 1.0% of the parameters; the nearest"),
-        ([pickled, "--ffn", "48", *words], "holds no model*.safetensors; weights in other formats must be converted"),
+        ([pickled, "--ffn", "48", *words], "has its weights only as pickle (pytorch_model.bin), which can run"),
         ([micro_model, "--ffn", "48", *words, "--tokens", "9M"], "too few"),
         ([micro_model, "--ffn", "48", *words, "--calibration", "nowhere"], "there is no source 'nowhere'"),
         ([micro_model, "--ffn", "48", *words, "--out", others], "was not made by this command; choose another --out"),

@@ -217,7 +217,7 @@ def test_results_lie_beside_the_model_of_a_run(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([], "which model"),
-        (["/no/folder"], "there is no folder"),
+        (["/no/folder"], "there is no model folder"),
         (["MODEL", "--suite", "mmlu"], "no suite"),
         (["MODEL", "--suite", "sample", "--limit", "0"], "at least 1"),
         (["MODEL", "--suite", "sample", "--only", "mmlu"], "none of the tasks"),

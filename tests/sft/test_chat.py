@@ -368,7 +368,7 @@ def _need_code(model: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (shutil.rmtree, "there is no folder"),
+        (shutil.rmtree, "there is no model folder"),
         (lambda model: (model / "config.json").unlink(), "it has no config.json"),
         (lambda model: (model / "config.json").write_text("{"), "config.json cannot be read: "),
         (_need_code, "cannot be loaded: .* contains custom code"),

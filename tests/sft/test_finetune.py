@@ -269,7 +269,9 @@ def test_bad_input_is_one_clear_message(fails, chat_model: Path, tokenizer, tmp_
     (damaged / "generation_config.json").write_text("{")
     for words, shown in (
         ([], "give the model folder to start from: python -m sft MODEL"),
-        ([tmp_path / "nowhere"], "is no model folder"),
+        ([tmp_path / "nowhere"], "there is no model folder"),
+        ([rows], "is a file; give a model folder"),
+        ([chat_model, "--teacher", tmp_path], "it has no config.json"),
         ([chat_model, "--data", "alpacca"], "alpacca is no file"),
         ([chat_model, "--data", rows, "--seq-len", "300"], "longer than the model's context of 256"),
         ([chat_model, "--data", rows, "--teacher", other], "has another tokenizer"),
