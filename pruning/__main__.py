@@ -10,7 +10,7 @@ examples:
   python -m pruning phi-2 --params 0.8 --score competition         20% fewer parameters, scored before and after
   python -m pruning phi-2 --params 0.8 --method l1 --repair false  the competition's baseline
   python -m pruning SmolLM2 --ffn 1016 --calibration c4-slice      a shape by hand, text in a folder
-  python -m pruning runs/demo/model --params 0.8 --calibration sample --score sample      offline, on a CPU
+  python -m pruning runs/demo/sft/model --params 0.8 --calibration sample --score sample      offline, on a CPU
 
 python -m pruning import Qwen-7B                                   a first-generation Qwen as an equal Qwen2
 """

@@ -18,7 +18,7 @@ examples:
   python -m scoring runs/1b/model --data eval --limit 50           local data, 50 rows of each task
   python -m scoring runs/1b/model --suite quick,c4                 likelihood tasks, and perplexity on C4
   python -m scoring Llama-3-8B --engine vllm                       with vLLM, where it is installed
-  python -m scoring runs/demo/model --suite sample                 offline, on a CPU, in a minute
+  python -m scoring runs/demo/sft/model --suite sample             offline, on a CPU, in a minute
 The same command again goes on where it stopped.
 
 python -m scoring prompts --data eval --out prompts.jsonl       every prompt as it would be sent

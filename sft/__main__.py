@@ -11,7 +11,7 @@ examples:
   python -m sft runs/1b/model --show 3                             what is learned, token by token
   python -m sft Llama-3-8B --lora.rank 16 --devices 8              adapters, merged at the end
   python -m sft pruned --teacher Llama-3-8B --tokens 50M           recover a pruned model from the whole one
-  python -m sft runs/demo/model --data sample --epochs 20          offline, on a CPU, in a minute
+  python -m sft runs/demo/pretrain/model --data sample --epochs 20      offline, on a CPU, in a minute
 The same command again goes on with the run where it stopped.
 
 python -m sft chat MODEL                        talk to a model in the terminal

@@ -15,7 +15,7 @@ REPORT = """\
 Write report.html into a run folder: one file that needs nothing else.
 
 examples:
-  python -m submit report runs/demo
+  python -m submit report runs/demo/prune/recovered
   python -m submit report runs/1b --serve          watch a running job in a browser
 """
 
@@ -31,7 +31,7 @@ BUNDLE = """\
 Write what the competition's starting kit asks for, with a checklist of what is there and what is missing.
 
 example:
-  python -m submit bundle runs/demo --out bundle
+  python -m submit bundle runs/demo/prune/recovered --out bundle
 """
 
 

@@ -1,10 +1,14 @@
 """Commands that only answer import nothing that takes seconds, and training imports nothing that it does not need."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_command
+from pipeline.recipe import read_recipe
+from pipeline.stages import tasks
+from tests.conftest import ROOT, run_command
 from tests.pruning.test_shapes import LLAMA_3
 
 HELP = """train.py, -m train, -m train consolidate, -m data, -m data tokenizer, -m data prepare, -m sft, -m sft chat,
@@ -43,20 +47,30 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The heavy packages that each command has imported when it ends."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[str]]]:
+    """What each command prints, and the heavy packages that it has imported when it ends."""
     model = tmp_path_factory.mktemp("llama")
     (model / "config.json").write_text(json.dumps(LLAMA_3))
     commands = [*HELPS, *PLANS]
     done = run_command("-c", RUN, json.dumps([command.format(model=model).split() for command in commands]))
     assert done.returncode == 0, done.stderr
-    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("imported:")]
-    return dict(zip(commands, found, strict=True))
+    found = re.findall(r"(.*?)^imported:(.*?)\n", done.stdout, re.S | re.M)
+    return {command: (said, names.split()) for command, (said, names) in zip(commands, found, strict=True)}
 
 
 @pytest.mark.parametrize("command", [*HELPS, *PLANS])
-def test_a_command_that_only_answers_imports_nothing_heavy(command: str, imported: dict[str, list[str]]) -> None:
-    assert imported[command] == []
+def test_a_command_that_only_answers_imports_nothing_heavy(
+    command: str, answers: dict[str, tuple[str, list[str]]]
+) -> None:
+    assert answers[command][1] == []
+
+
+def test_examples_name_what_the_demo_writes(answers: dict[str, tuple[str, list[str]]]) -> None:
+    places = [task.place for task in tasks(read_recipe(ROOT / "recipes" / "demo.yaml"))]
+    written = {path for place in places for path in (place.result, place.run)}
+    named = {Path(path) for command in HELPS for path in re.findall(r"runs/demo[\w./-]*", answers[command][0])}
+    assert named
+    assert named <= written
 
 
 def test_training_imports_only_what_it_needs() -> None:
