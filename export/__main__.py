@@ -41,7 +41,7 @@ def _main() -> None:
     import sys
 
     from common.settings import parse
-    from export.settings import BenchCommand, ExportCommand, PhoneCommand
+    from export.settings import BenchCommand, ExportCommand, PhoneCommand, checked_folders
 
     word, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "bench":
@@ -63,6 +63,7 @@ def _main() -> None:
             positional="model",
             commands=("bench", "phone"),
         )
+        checked_folders(asked)  # before the imports below, which take seconds
         from export.command import export_command
 
         export_command(asked)

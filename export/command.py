@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from common.console import Console
-from common.errors import UserError
 from common.files import gigabytes, new_folder, require_space, write_json, write_text
 from common.run_folder import command as typed
 from common.run_folder import git_commit
@@ -20,11 +19,8 @@ from common.settings import to_dict
 from export import library, mlc, parity
 from export.check import check
 from export.mlc_config import CONFIG, TOKENIZER_FILES, mlc_config
-from export.settings import ExportCommand, out_folder
+from export.settings import FILE, ExportCommand, checked_folders
 from export.shards import Written, write_weights
-
-FILE = "export.json"
-"""In the exported folder: what was made from what."""
 
 LIBRARY_SPACE = 50_000_000
 """Bytes on the disk that libraries and the tokenizer need at most."""
@@ -36,28 +32,17 @@ def export_command(command: ExportCommand) -> None:
     Raises:
         UserError: anything that the user can put right; no folder is left half-written.
     """
-    assert command.model is not None
-    console, out = Console(), out_folder(command.model, command.out)
-    console.settings("export", to_dict(command) | {"out": str(out)})
-    folder = Path(command.model)
-    check_out(out, folder)
+    console, (folder, out) = Console(), checked_folders(command)
     mlc_llm = mlc.program() if command.with_mlc else []
     source = mlc.checkout(command.mlc_source) if command.with_mlc else None
     export = _Export(command, folder, out, console)
+    console.settings("export", to_dict(command) | {"out": str(out)})
     export.run()
     if command.with_mlc:
         export.record["mlc_llm"] = mlc.run_mlc(mlc_llm, source, out, export.checked, console.say)
         write_json(out / FILE, export.record)
     console.table(f"{out}", export.rows())
     console.say(f"\nexport: {out}\nnext: python -m export bench {out}")
-
-
-def check_out(out: Path, folder: Path) -> None:
-    """Raise a UserError where writing ``out`` would destroy something that this command has not made."""
-    if out.absolute() in (folder.absolute(), *folder.absolute().parents):
-        raise UserError(f"--out {out} is the model's own folder; choose another")
-    if out.exists() and not (out / FILE).exists():
-        raise UserError(f"{out} is there already and holds no {FILE}; choose another --out")
 
 
 class _Export:
@@ -69,11 +54,11 @@ class _Export:
         self._seconds: dict[str, float] = {}
         with self._timed("check"):
             self.checked = check(folder, command)
-        for warning in self.checked.warnings:
-            console.warn(warning)
 
     def run(self) -> None:
         """Write the folder, whole or not at all."""
+        for warning in self.checked.warnings:
+            self.console.warn(warning)
         needed = self.checked.memory.weights + LIBRARY_SPACE
         require_space(self.out.absolute().parent, needed, "the export")
         if self.command.parity != "skip":

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from common.settings import Count, option
+from models.folder import check_model, check_out
+
+FILE = "export.json"
+"""In the exported folder: what was made from what."""
 
 TARGETS = ("host", "android-cpu", "android-opencl")
 
@@ -135,3 +139,16 @@ def out_folder(model: str, out: str | None) -> Path:
     folder = Path(model)
     name = folder.absolute().name
     return folder.parent / "export" if name == "model" else folder.parent / f"{name}-export"
+
+
+def checked_folders(command: ExportCommand) -> tuple[Path, Path]:
+    """The model's folder and the one to write.
+
+    Raises:
+        UserError: the first is no model folder, or the second holds something that no export has made.
+    """
+    assert command.model is not None
+    folder, out = Path(command.model), out_folder(command.model, command.out)
+    check_model(folder)
+    check_out(out, folder, own=(out / FILE).exists())
+    return folder, out

@@ -134,7 +134,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([micro_model, "--target", "android-cpu"], "parity is checked with the host library"),
         ([micro_model, "--mlc-source", "x"], "--mlc-source belongs to --with-mlc"),
         ([micro_model, "--with-mlc"], "MLC-LLM is not installed here"),
-        ([micro_model, "--out", mine], "holds no export.json; choose another --out"),
+        ([micro_model, "--out", mine], "was not made by this command; choose another --out"),
         ([micro_model, "--out", micro_model], "is the model's own folder"),
         (["bench"], "give an exported folder: python -m export bench"),
         (["phone"], "give an exported folder: python -m export phone"),
@@ -142,9 +142,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         (["phone", "x", "--repeats", "0"], "must be at least 1"),
     ]:
         out = [] if "--out" in asked or asked[:1] in ([], ["bench"], ["phone"]) else ["--out", tmp_path / "out"]
-        code, _, err = exporting(monkeypatch, capsys, *asked, *out)
+        code, said, err = exporting(monkeypatch, capsys, *asked, *out)
         assert (code, err.count("\n")) == (2, 1), (asked, err)
         assert message in err, (message, err)
+        assert not said or asked == [large], said  # values are looked at as they are written
     assert {one.name for one in tmp_path.iterdir()} == {"pickled", "large", "mine"}
     assert (mine / "diary.txt").exists()
 
