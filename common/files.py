@@ -88,7 +88,11 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def exclusive(folder: Path, what: str) -> Iterator[None]:
-    """Make ``folder`` and be the only process in this block for it; UserError names ``what`` when another is."""
+    """Make ``folder`` and be the only process in this block for it; UserError names ``what`` when another is.
+
+    Folders that are made here go again when the block fails with nothing in them.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     with readable_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  (closed below)
@@ -99,7 +103,15 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
             raise UserError(f"{what} is in use by another process; wait for it or choose another folder") from error
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # there is something in them, or the block has removed them
+                if made and os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                for one in made:
+                    one.rmdir()
+            raise
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import gigabytes, new_folder, readable_disk_errors, require_space, turn, write_text
+from common.files import exclusive, gigabytes, new_folder, readable_disk_errors, require_space, turn, write_text
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -25,6 +25,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "b").write_text("two")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_claimed_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
+    folder = tmp_path / "scores" / "model"
+    with pytest.raises(UserError, match="refused"), exclusive(folder, "it"):
+        raise UserError("refused")
+    assert not (tmp_path / "scores").exists()
+    with pytest.raises(UserError, match="refused"), exclusive(folder, "it"):
+        (folder / "answers.jsonl").touch()
+        raise UserError("refused")
+    (folder / "answers.jsonl").unlink()
+    with pytest.raises(UserError, match="refused"), exclusive(folder, "it"):
+        raise UserError("refused")
+    assert folder.exists()  # it was there before
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:

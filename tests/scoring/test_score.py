@@ -237,6 +237,7 @@ def test_bad_input_is_one_line(
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert message in told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_cache_is_named_and_kept(micro_model: Path, scored, tmp_path: Path) -> None:
