@@ -34,10 +34,15 @@ def submit(recipe: Recipe, every: Sequence[Task]) -> None:
     """
     if shutil.which("sbatch") is None:
         raise UserError("--slurm needs sbatch on the PATH: run this on a login node of a SLURM cluster")
-    folder = recipe.folder / FOLDER
-    with exclusive(folder, f"the recipe's folder {recipe.folder}"):
-        refuse_beside_jobs(recipe)
-        _submit(recipe, every, folder)
+    folder, new = recipe.folder / FOLDER, not recipe.folder.exists()
+    try:
+        with exclusive(folder, f"the recipe's folder {recipe.folder}"):
+            refuse_beside_jobs(recipe)
+            _submit(recipe, every, folder)
+    except UserError:
+        if new:
+            shutil.rmtree(recipe.folder, ignore_errors=True)
+        raise
 
 
 def _submit(recipe: Recipe, every: Sequence[Task], folder: Path) -> None:
@@ -62,10 +67,11 @@ def _submit(recipe: Recipe, every: Sequence[Task], folder: Path) -> None:
         before = [jobs[one.name] for one in task.waits_for if one.name in jobs]
         try:
             job = sbatch(script, *([f"--dependency=afterok:{':'.join(before)}"] if before else []))
-        except UserError:
+        except UserError as error:
             if jobs:
                 ask("scancel", *jobs.values())
-            raise
+            said = "; ".join(str(error).split(" sbatch: error: "))  # a line of sbatch's each
+            raise UserError(f"SLURM refuses stage {task.name}, so none is submitted: {said}") from error
         jobs[task.name] = job
         write_json(folder / "jobs.json", jobs)
         after = f" after {', '.join(one.name for one in task.waits_for if one.name in jobs)}" if before else ""

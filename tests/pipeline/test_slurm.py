@@ -21,7 +21,10 @@ SBATCH = """#!/bin/sh
 count=$(($(cat {folder}/count 2>/dev/null || echo 100) + 1))
 echo $count > {folder}/count
 echo "$@" >> {folder}/asked
-[ -f {folder}/refuse ] && [ $count -ge 102 ] && {{ echo "sbatch: error: no such partition" >&2; exit 1; }}
+if [ -f {folder}/refuse ] && [ $count -ge 102 ]; then
+    printf 'sbatch: error: %s\\n' "no such partition" "not taken" >&2
+    exit 1
+fi
 echo $count
 """
 
@@ -138,9 +141,15 @@ def test_what_is_done_is_not_submitted_and_what_turns_out_to_be_ends_at_once(sit
 
 def test_a_refused_job_takes_the_others_with_it(site: Path) -> None:
     Path("refuse").touch()
+    with pytest.raises(UserError) as error:
+        submitted()
+    assert str(error.value) == "SLURM refuses stage two, so none is submitted: no such partition; not taken"
+    assert Path("asked").read_text().splitlines()[-1] == "scancel 101"
+    assert not Path("runs/path").exists()
+    Path("runs/path/mine").mkdir(parents=True)
     with pytest.raises(UserError, match="no such partition"):
         submitted()
-    assert Path("asked").read_text().splitlines()[-1] == "scancel 101"
+    assert Path("runs/path/mine").exists()
 
 
 def test_without_slurm_it_says_so(site: Path, monkeypatch) -> None:
