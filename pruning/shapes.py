@@ -7,7 +7,7 @@ key/value head. The model width stays.
 Letters: L layers, D model width, H query heads, K key/value heads, N head width, F feed-forward width, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import UserError
@@ -145,10 +145,10 @@ def head_counts(values: dict[str, Any]) -> list[tuple[int, int]]:
 def check(values: dict[str, Any], shape: Shape) -> None:
     """Raise a UserError that says why ``shape`` is no legal cut of the model, where it is none."""
     now, multiple = Shape.of(values), step(values)
-    for field in fields(Shape):
-        had, wanted = getattr(now, field.name), getattr(shape, field.name)
+    for name in ("layers", "ffn", "kv_heads", "heads", "vocab"):  # where kv_heads alone are asked for, heads follow
+        had, wanted = getattr(now, name), getattr(shape, name)
         if not 1 <= wanted <= had:
-            raise UserError(f"the model has {field.name} {had:,}, which cannot be cut to {wanted:,}")
+            raise UserError(f"--{name.replace('_', '-')} takes 1 to {had:,}, which the model has, not {wanted:,}")
     for name in ("ffn", "vocab"):
         had, wanted = getattr(now, name), getattr(shape, name)
         if wanted != had and wanted % multiple:

@@ -128,6 +128,8 @@ def test_axes_can_be_settled() -> None:
     assert [one.shape.layers for one in by_depth] == [22]  # within half a layer
     with pytest.raises(UserError, match="ffn 1,017 is no multiple of 8"):
         candidates(SMOLLM2, asked(ffn=Count(1017)), 8_000)
+    with pytest.raises(UserError, match="--kv-heads takes 1 to 3, which the model has, not 4"):
+        candidates(SMOLLM2, asked(kv_heads=4), 8_000)
     with pytest.raises(UserError, match="14 query heads"):
         candidates(QWEN2, asked("0.8", heads=14), 8_000)
 

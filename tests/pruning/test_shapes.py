@@ -148,9 +148,9 @@ def test_rotary_settings_stand_where_mlc_reads_them(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 0}, "has layers 3, which cannot be cut to 0"),
-        ({"layers": 4}, "has layers 3, which cannot be cut to 4"),
-        ({"ffn": 88}, "has ffn 80, which cannot be cut to 88"),
+        ({"layers": 0}, "--layers takes 1 to 3, which the model has, not 0"),
+        ({"layers": 4}, "--layers takes 1 to 3, which the model has, not 4"),
+        ({"ffn": 88}, "--ffn takes 1 to 80, which the model has, not 88"),
         ({"ffn": 42}, "ffn 42 is no multiple of 8; the nearest that is, is 40"),
         ({"vocab": 101}, "vocab 101 is no multiple of 8; the nearest that is, is 104"),
         ({"heads": 5}, "5 query heads on 3 key/value heads cannot be cut .* take 6/3, 4/2, 3/3"),
