@@ -61,11 +61,14 @@ def _main() -> None:
 def _score(command: "ScoreCommand") -> None:
     from common.console import Console
     from common.settings import to_dict
-    from scoring.settings import out_folder
+    from models.folder import check_model
+    from scoring.settings import data_folder, out_folder
 
     if not command.model:
         raise UserError("which model? python -m scoring MODEL, a model folder such as runs/NAME/model")
     console, folder = Console(), Path(command.model)
+    check_model(folder)  # these two before the settings are shown, and before an import that takes seconds
+    data_folder(command.data)
     console.settings(f"score {folder}", to_dict(command))
     from scoring.score import score
 
@@ -122,12 +125,9 @@ def _rescore(settings: "RescoreSettings") -> None:
 
 def _data(suite: str, data: str | None) -> "Path | None":
     from scoring.sample import FOLDER
+    from scoring.settings import data_folder
 
-    if suite == "sample":
-        return FOLDER
-    if data is not None and not Path(data).is_dir():
-        raise UserError(f"--data {data} is no folder")
-    return None if data is None else Path(data)
+    return FOLDER if suite == "sample" else data_folder(data)
 
 
 if __name__ == "__main__":

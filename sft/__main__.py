@@ -46,8 +46,10 @@ def main() -> None:
 
 def _main() -> None:
     import sys
+    from pathlib import Path
 
     from common.settings import parse
+    from models.folder import check_model
     from sft.settings import SftCommand, sft_settings
 
     command = parse(
@@ -64,6 +66,8 @@ def _main() -> None:
 
         show_data(command)
         return
+    for folder in filter(None, (command.model, command.teacher)):
+        check_model(Path(folder))  # before the imports below, which take seconds
     from train.launch import join, prepare_environment
 
     prepare_environment()
