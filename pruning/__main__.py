@@ -40,7 +40,7 @@ def _main() -> None:
     if word == "import":
         prog = "python -m pruning import"
         command = parse(ImportCommand, rest, prog=prog, description=IMPORT, positional="model")
-        from pruning.command import import_command
+        from pruning.qwen1 import import_command
 
         import_command(command)
         return
@@ -52,14 +52,15 @@ def _main() -> None:
         positional="model",
         commands=("import",),
     )
-    if asked.plan:
-        from pruning.outline import show_outline
+    from pruning.outline import show_outline
 
-        show_outline(asked).console.say("next: the same command without --plan")
+    outline = show_outline(asked)
+    if asked.plan:
+        outline.console.say("next: the same command without --plan")
         return
     from pruning.command import prune_command
 
-    prune_command(asked)
+    prune_command(outline)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What ``python -m pruning`` does after its plan: try, cut, measure, recover, score, report."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,19 +9,17 @@ from typing import Any
 import torch
 
 from common import signals
-from common.console import Console, duration
+from common.console import duration
 from common.errors import UserError
-from common.settings import Count, to_dict
+from common.settings import Count
 from data.tokenizer import Tokenizer
-from pruning import qwen1
 from pruning.calibration import Documents, read_test
-from pruning.outline import Outline, show_outline
+from pruning.outline import Outline
 from pruning.perplexity import Measured, measure
 from pruning.plan import Candidate, summary
 from pruning.prune import Report, prune
 from pruning.recover import recover
 from pruning.report import FILE, Stage, rank_table, stage_table, write_report
-from pruning.settings import ImportCommand, PruneCommand, out_folder
 from pruning.shapes import Shape
 from scoring.fingerprint import fingerprint
 from scoring.score import score
@@ -30,25 +27,12 @@ from scoring.settings import ScoreSettings
 from scoring.settings import out_folder as scores_folder
 
 
-def import_command(command: ImportCommand) -> None:
-    """Write the Qwen2 that a first-generation Qwen is."""
-    assert command.model is not None
-    folder, console = Path(command.model), Console()
-    out = out_folder(command.model, command.out, "qwen2")
-    _check_out(out, folder, "import")
-    console.settings("import", to_dict(command) | {"out": str(out)})
-    qwen1.convert(folder, out, console.say)
-    console.say(f"model: {out}\nnext: python -m pruning {out} --phone-memory 8GB --plan")
-
-
-def prune_command(command: PruneCommand) -> None:
-    """Cut a model folder as asked, after its plan has been shown.
+def prune_command(outline: Outline) -> None:
+    """Cut a model folder as its outline says.
 
     Raises:
         UserError: anything that the user can put right; no folder is left half-written.
     """
-    outline = show_outline(command)
-    _check_out(outline.out, outline.folder, "prune")
     _Pruning(outline).run(outline.tried)
 
 
@@ -199,22 +183,6 @@ def _cost(report: Report) -> str:
     sources = ", ".join(f"{one['documents']:,} documents of {one['source']}" for one in found["sources"])
     outside = " (not C4 alone, so outside track 1's rules)" if found["outside_track_1"] else ""
     return f"calibrated on {found['tokens']:,} tokens, seed {found['seed']}: {sources}{outside}; {took}"
-
-
-def _check_out(out: Path, folder: Path, stage: str) -> None:
-    """Raise a UserError where writing ``out`` would destroy something that this command, a stage, has not made."""
-    if out.absolute() == folder.absolute():
-        raise UserError(f"--out {out} is the model itself; choose another folder")
-    if out.exists() and _stage_of(out) != stage:
-        raise UserError(f"{out} is there already and was not made by this command; choose another --out")
-
-
-def _stage_of(folder: Path) -> Any:
-    """The stage that made a model folder; None where it does not tell."""
-    try:
-        return json.loads((folder / "palmtop.json").read_text(encoding="utf-8"))["stage"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _device(name: str) -> torch.device:

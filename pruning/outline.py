@@ -8,6 +8,7 @@ from typing import Any
 from common.console import Console
 from common.errors import UserError
 from common.settings import Count, to_dict
+from models.folder import check_out, stage_of, weight_files
 from models.hf_config import read_values, taken_values
 from pruning import qwen1
 from pruning.plan import Candidate, candidates, describe, shortlist
@@ -39,17 +40,20 @@ def show_outline(command: PruneCommand) -> Outline:
     """Find the shapes that meet what is asked for, and show them.
 
     Raises:
-        UserError: no such model, one that has to be imported first, or no shape meets the target.
+        UserError: no such model, one that has to be imported first, ``out`` holds something else, or no shape meets
+            the target.
     """
     assert command.model is not None
     folder, console = Path(command.model), Console()
-    out = out_folder(command.model, command.out, "pruned")
     if qwen1.is_qwen1(read_values(folder)):
         raise UserError(
             f"{folder} is a first-generation Qwen, which runs code of its own; make it an equal Qwen2 first: "
             f"python -m pruning import {folder}"
         )
-    values = taken_values(folder)
+    values, out = taken_values(folder), out_folder(command.model, command.out, "pruned")
+    if not command.plan:
+        weight_files(folder)
+        check_out(out, folder, own=stage_of(out) == "prune")
     command = replace(command, tokens=Count(calibration_tokens(command, Shape.of(values).ffn)))
     found = candidates(values, command, smallest_vocabulary(folder, command.chinese_tokens))
     tried = shortlist(values, found, command.rank)

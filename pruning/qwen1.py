@@ -19,11 +19,16 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from common.console import Console
 from common.errors import UserError
 from common.files import new_folder, write_json
-from common.run_folder import command, git_commit
+from common.run_folder import command as typed
+from common.run_folder import git_commit
+from common.settings import to_dict
+from models.folder import check_model, check_out, stage_of
 from models.hf_config import read_values, with_rope_at_top
 from pruning.byte_level import bytes_of_characters
+from pruning.settings import ImportCommand, out_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +75,18 @@ _IN_LAYER = {
 def is_qwen1(values: dict[str, Any]) -> bool:
     """Whether a ``config.json`` is that of a first-generation Qwen."""
     return ARCHITECTURE in (values.get("architectures") or ())
+
+
+def import_command(command: ImportCommand) -> None:
+    """Write the Qwen2 that a first-generation Qwen is."""
+    assert command.model is not None
+    folder, console = Path(command.model), Console()
+    out = out_folder(command.model, command.out, "qwen2")
+    check_model(folder)
+    check_out(out, folder, own=stage_of(out) == "import")
+    console.settings("import", to_dict(command) | {"out": str(out)})
+    convert(folder, out, console.say)
+    console.say(f"model: {out}\nnext: python -m pruning {out} --phone-memory 8GB --plan")
 
 
 def convert(folder: Path, out: Path, say: Callable[[str], None]) -> None:
@@ -297,7 +314,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return {
         "stage": "import",
         "parent": str(folder),
-        "command": command(),
+        "command": typed(),
         "git": git_commit(),
         "data": [{"stage": "unknown", "from": str(folder)}],
     }

@@ -217,6 +217,11 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     (trained / "palmtop.json").write_text('{"stage": "train"}')
     (trained / "pruning.json").write_text("{}")  # as recovery leaves it
     words = small(text)
+    late: list[list[str | Path]] = [  # told once text is read or a Qwen is converted, and so after the settings
+        [micro_model, "--ffn", "48", *words, "--tokens", "9M"],
+        [micro_model, "--ffn", "48", *words, "--calibration", "nowhere"],
+        ["import", micro_model, "--out", tmp_path / "q"],
+    ]
     for asked, message in [
         ([micro_model], "give a target: --params 0.8"),
         (["--params", "0.8"], "give the model folder to cut"),
@@ -224,13 +229,14 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([micro_model, "--phone-memory", "much"], "--phone-memory: 'much' is no amount of memory"),
         ([micro_model, "--params", "0.8", "--phone-memory", "1GB"], "are two targets; give one"),
         ([tmp_path, "--params", "0.8"], "is no model folder: it has no config.json"),
+        ([others / "diary.txt", "--params", "0.8"], "diary.txt is a file; give a model folder"),
         ([micro_model, "--params", "0.01"], "no legal shape of this model meets 1.0% of the parameters; the nearest"),
         ([pickled, "--ffn", "48", *words], "has its weights only as pickle (pytorch_model.bin), which can run"),
         ([micro_model, "--ffn", "48", *words, "--tokens", "9M"], "too few"),
         ([micro_model, "--ffn", "48", *words, "--calibration", "nowhere"], "there is no source 'nowhere'"),
         ([micro_model, "--ffn", "48", *words, "--out", others], "was not made by this command; choose another --out"),
         ([micro_model, "--ffn", "48", *words, "--out", trained], "was not made by this command"),
-        ([micro_model, "--ffn", "48", *words, "--out", micro_model], "is the model itself"),
+        ([micro_model, "--ffn", "48", *words, "--out", micro_model], "is the model's own folder"),
         ([qwen, "--params", "0.8"], "first-generation Qwen, which runs code of its own; make it an equal Qwen2 first"),
         ([micro_model, "--params", "0.8", "--recovery.tokens", "5k"], "--recovery.* belongs to --recover"),
         ([micro_model, "--params", "0.8", "--score", "mmlu"], "--score mmlu is no suite"),
@@ -240,8 +246,9 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         (["import", qwen, "--out", trained], "was not made by this command; choose another --out"),
     ]:  # fmt: skip
         out = [] if "--out" in asked or asked[0] == "import" else ["--out", tmp_path / "out"]
-        code, _, err = pruning(monkeypatch, capsys, *asked, *out)
+        code, said, err = pruning(monkeypatch, capsys, *asked, *out)
         assert (code, err.count("\n")) == (2, 1), (asked, err)
+        assert not said or asked in late, (asked, said)
         assert message in err, (message, err)
     assert {one.name for one in tmp_path.iterdir()} == {"pickled", "Qwen", "mine", "trained"}
     assert (others / "diary.txt").exists()
