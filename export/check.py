@@ -16,7 +16,7 @@ from export.settings import CONTEXT, MlcSettings
 from export.shards import in_order
 from export.tensors import STORED, Tensors
 from models.budget import OPENCL_GATE
-from models.hf_config import taken_values
+from models.hf_config import taken_values, within_context
 
 _NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
            "max_position_embeddings", "hidden_act")  # fmt: skip
@@ -77,10 +77,7 @@ def check(folder: Path, settings: MlcSettings) -> Checked:
     values = taken_values(folder)
     rotary = _check_values(folder, values)
     ordered = _check_tensors(folder, values)
-    longest = values["max_position_embeddings"]
-    context = int(settings.context or min(CONTEXT, longest))
-    if context > longest:
-        raise UserError(f"--context {context:,} is beyond the {longest:,} tokens that {folder} was made for")
+    context = within_context("--context", settings.context, CONTEXT, values["max_position_embeddings"])
     chat, problem = _check_tokenizer(folder, values)
     kept = 2 * key_value_heads(values) * head_width(values) * values["num_hidden_layers"]
     memory = Memory(sum(2 * parameter.size for parameter in ordered), 2 * kept * context)

@@ -129,6 +129,17 @@ def _readable(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder / 'config.json'} describes no model: {error}") from error
 
 
+def within_context(flag: str, asked: int | None, usual: int, context: int) -> int:
+    """Tokens that a flag asks for, by default ``usual`` or the model's context where that is shorter.
+
+    Raises:
+        UserError: more are asked for than the context has.
+    """
+    if asked is not None and asked > context:
+        raise UserError(f"{flag} {asked:,} is longer than the model's context of {context:,}")
+    return min(usual, context) if asked is None else asked
+
+
 def with_rope_at_top(values: dict[str, Any]) -> dict[str, Any]:
     """A ``config.json`` whose rotary settings stand at the top level too, where MLC-LLM reads them.
 

@@ -25,6 +25,7 @@ from scoring.fingerprint import fingerprint
 from scoring.score import score
 from scoring.settings import ScoreSettings
 from scoring.settings import out_folder as scores_folder
+from train.stage import known
 
 
 def prune_command(outline: Outline) -> None:
@@ -94,8 +95,7 @@ class _Pruning:
 
     def _best(self, tried: Sequence[Candidate]) -> Shape:
         """The shape with the fewest bits per byte of the first text, after a cut by a part of the calibration text."""
-        assert self.command.tokens is not None
-        tokens = max(self.command.seq_len, self.command.tokens // TRIED_ON)
+        tokens = max(known(self.command.seq_len), known(self.command.tokens) // TRIED_ON)
         trial, bits = self.out.with_name(f".{self.out.name}.trial.tmp"), []
         try:
             for number, one in enumerate(tried):
@@ -148,7 +148,7 @@ class _Pruning:
             self.console.progress(done, total, {"measuring": what, "block": f"{done} of {total}"})
 
     def _stage(self, name: str, folder: Path, losses: Sequence[Measured]) -> Stage:
-        return Stage.of(name, folder, self.command.context, losses)
+        return Stage.of(name, folder, known(self.command.context), losses)
 
     def _scores(self, folder: Path) -> dict[str, float | None]:
         """The scores of a model folder by task, their mean, and its throughput on this machine."""

@@ -9,11 +9,11 @@ from common.console import Console
 from common.errors import UserError
 from common.settings import Count, to_dict
 from models.folder import check_out, stage_of, weight_files
-from models.hf_config import read_values, taken_values
+from models.hf_config import nearest_shape, read_values, taken_values
 from pruning import qwen1
-from pruning.plan import Candidate, candidates, describe, shortlist
+from pruning.plan import Candidate, cache_tokens, candidates, describe, shortlist
 from pruning.report import plan_table
-from pruning.settings import PruneCommand, calibration_tokens, out_folder
+from pruning.settings import PruneCommand, out_folder, resolve
 from pruning.shapes import Shape
 from pruning.vocabulary import smallest_vocabulary
 
@@ -54,7 +54,8 @@ def show_outline(command: PruneCommand) -> Outline:
     if not command.plan:
         weight_files(folder)
         check_out(out, folder, own=stage_of(out) == "prune")
-    command = replace(command, tokens=Count(calibration_tokens(command, Shape.of(values).ffn)))
+    command = resolve(command, Shape.of(values).ffn, nearest_shape(values, folder).context)
+    command = replace(command, context=Count(cache_tokens(values, command)))
     found = candidates(values, command, smallest_vocabulary(folder, command.chinese_tokens))
     tried = shortlist(values, found, command.rank)
     shown = to_dict(command) | {"out": str(out), "measure": ",".join(command.texts)}
@@ -72,7 +73,7 @@ def _show_plan(
 ) -> None:
     """The shapes that meet the target, the tried ones among them."""
     listed = [one for number, one in enumerate(found) if number < LISTED or one in tried]
-    console.say(f"shapes for {describe(command)}, those to be tried numbered")
+    console.say(f"shapes for {describe(values, command)}, those to be tried numbered")
     console.say(plan_table(values, listed, tried))
     if len(found) > len(listed):
         console.say(f"and {len(found) - len(listed):,} more")

@@ -8,12 +8,14 @@ feed-forward units, then layers, and heads only where nothing else is left.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import gigabytes
+from models.hf_config import nearest_shape, within_context
 from pruning.phone import WORKSPACE, Phone, on_phone
-from pruning.settings import ShapeSettings
+from pruning.settings import CONTEXT, ShapeSettings
 from pruning.shapes import Shape, check, head_counts, parameters, rules_of, step
 
 VOCABULARIES = (0.6, 0.75, 1.0)
@@ -83,10 +85,15 @@ def shortlist(values: dict[str, Any], found: Sequence[Candidate], count: int) ->
     return [*chosen, *(one for one in found if one not in chosen)][:count]
 
 
-def describe(settings: ShapeSettings) -> str:
+def cache_tokens(values: dict[str, Any], settings: ShapeSettings) -> int:
+    """Tokens in the phone's cache; UserError where the model's context is shorter than what is asked for."""
+    return within_context("--context", settings.context, CONTEXT, nearest_shape(values, Path()).context)
+
+
+def describe(values: dict[str, Any], settings: ShapeSettings) -> str:
     """The target in words."""
     if settings.phone_memory is not None:
-        return f"{gigabytes(settings.phone_memory)} on the phone at {settings.context:,} tokens"
+        return f"{gigabytes(settings.phone_memory)} on the phone at {cache_tokens(values, settings):,} tokens"
     if settings.params is not None:
         share = settings.params.share
         return f"{settings.params} parameters" if share is None else f"{share:.1%} of the parameters"
@@ -121,11 +128,11 @@ def _with_heads(values: dict[str, Any], settings: ShapeSettings) -> dict[str, in
 
 def _refuse_if_met(values: dict[str, Any], settings: ShapeSettings) -> None:
     now = Shape.of(values)
-    count, phone = parameters(values, now), on_phone(values, now, settings.context)
+    count, phone = parameters(values, now), _on_phone(values, now, settings)
     if settings.phone_memory is not None and phone.total <= settings.phone_memory:
         raise UserError(
             f"the model fits as it is: {gigabytes(phone.total)} of the {gigabytes(settings.phone_memory)} on the phone "
-            f"with {settings.context:,} tokens of context; to cut it all the same, give a smaller target"
+            f"with {phone.context:,} tokens of context; to cut it all the same, give a smaller target"
         )
     if settings.params is not None and settings.params.of(count) >= count:
         raise UserError(f"the model has {count:,} parameters already; a target of {settings.params} cuts nothing")
@@ -167,7 +174,7 @@ def _vocabularies(values: dict[str, Any], settings: ShapeSettings, smallest: int
 def _goal(values: dict[str, Any], shape: Shape, settings: ShapeSettings) -> int:
     """Parameters that the target leaves to a shape of this depth and these heads."""
     if settings.phone_memory is not None:
-        return (settings.phone_memory - WORKSPACE - on_phone(values, shape, settings.context).cache) // 2
+        return (settings.phone_memory - WORKSPACE - _on_phone(values, shape, settings).cache) // 2
     assert settings.params is not None
     return settings.params.of(parameters(values, Shape.of(values)))
 
@@ -215,7 +222,11 @@ def _order(now: Shape, shape: Shape) -> tuple[float, ...]:
 
 
 def _candidate(values: dict[str, Any], shape: Shape, settings: ShapeSettings) -> Candidate:
-    return Candidate(shape, parameters(values, shape), on_phone(values, shape, settings.context))
+    return Candidate(shape, parameters(values, shape), _on_phone(values, shape, settings))
+
+
+def _on_phone(values: dict[str, Any], shape: Shape, settings: ShapeSettings) -> Phone:
+    return on_phone(values, shape, cache_tokens(values, settings))
 
 
 def _none_meets(values: dict[str, Any], settings: ShapeSettings, missed: Sequence[Candidate]) -> str:
@@ -229,7 +240,7 @@ def _none_meets(values: dict[str, Any], settings: ShapeSettings, missed: Sequenc
     nearest = sorted(missed, key=distance)[:NEAREST]
     listed = "; ".join(f"{summary(one.shape)}: {one.parameters:,}, {gigabytes(one.phone.total)}" for one in nearest)
     kept = "" if rules_of(values).heads != "kept" else " (its heads cannot be cut)"
-    return f"no legal shape of this model{kept} meets {describe(settings)}; the nearest are {listed}"
+    return f"no legal shape of this model{kept} meets {describe(values, settings)}; the nearest are {listed}"
 
 
 def summary(shape: Shape) -> str:

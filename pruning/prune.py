@@ -23,6 +23,7 @@ from common.settings import to_dict
 from data.packing import Batch
 from data.sources import is_c4
 from data.tokenizer import Tokenizer
+from models.hf_config import nearest_shape
 from pruning import taylor, temperature
 from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
@@ -30,7 +31,7 @@ from pruning.cut import cut_rows
 from pruning.fisher import information
 from pruning.importance import Scores, by_chance, by_weights, least_influential
 from pruning.report import FILE
-from pruning.settings import CutSettings, calibration_tokens
+from pruning.settings import CutSettings, resolve
 from pruning.shapes import Shape, check, parameters, resized
 from pruning.shards import ShardWriter
 from pruning.sweep import Sweep, Weighed, influence
@@ -90,6 +91,7 @@ def prune(
     """
     console = console or Console(rank=1)
     blocks = Blocks(folder, device)
+    settings = resolve(settings, Shape.of(blocks.values).ffn, nearest_shape(blocks.values, folder).context)
     check(blocks.values, shape)
     if out.resolve() == folder.resolve():
         raise UserError(f"{out} is the model that is cut; choose another folder with --out")
@@ -156,9 +158,11 @@ class _Pruning:
         shallower = self.shape.layers < self.now.layers
         if not shallower and not (self._narrower and (s.repair or s.method in ("fisher", "energy", "taylor"))):
             return None
-        rows = calibration_tokens(s, self.now.ffn) // s.seq_len
-        self.console.say(f"reading {rows * s.seq_len:,} calibration tokens from {s.calibration}")
-        return read_calibration(s.calibration, Tokenizer(self.blocks.folder), rows, int(s.seq_len), s.seed)
+        assert s.tokens is not None
+        assert s.seq_len is not None
+        self.console.say(f"reading {s.tokens:,} calibration tokens from {s.calibration}")
+        rows = s.tokens // s.seq_len
+        return read_calibration(s.calibration, Tokenizer(self.blocks.folder), rows, s.seq_len, s.seed)
 
     def _influence(self, rows: Rows | None) -> list[float]:
         """Of every layer, where some are to go."""

@@ -1,22 +1,32 @@
 """What ``python -m pruning`` can be told. Imports neither torch nor transformers: ``--help`` reads this module."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jsonargparse.typing import register_type
 
 from common.settings import Count, option
 from data.settings import Mix
+from models.hf_config import within_context
 from pruning.recover_settings import RecoverSettings
 from scoring.settings import SUITES, ScoreSettings, words
+
+CONTEXT = 1_024
+"""Tokens in the phone's KV cache by default."""
+
+SEQ_LEN = 512
+"""The longest default row of calibration text."""
 
 LEAST_TOKENS = 98_304
 """Of the default calibration, 192 rows of 512."""
 
 TOKENS_A_COLUMN = 16
 """Calibration tokens for each feed-forward unit by default: fewer leave the repair's regression to chance."""
+
+
+Cut = TypeVar("Cut", bound="CutSettings")
 
 
 class Target:
@@ -76,17 +86,17 @@ class CutSettings:
     tokens: Count | None = None
     """Calibration tokens. More help more than any other setting, at a cost in proportion. An eighth, at most 2,048, is
     left to the temperature of the prediction. Default: 98,304, and 16 for each feed-forward unit of a layer."""
-    seq_len: Count = option(Count(512))
-    """Tokens in a row of it."""
+    seq_len: Count | None = None
+    """Tokens in a row of it. Default: 512, or the model's context where that is shorter."""
     seed: int = 0
     """Decides which documents are read, and random's choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where a block is run; auto: cuda where there is one."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 2:
+        if self.seq_len is not None and self.seq_len < 2:
             raise ValueError(f"--seq-len must be at least 2, not {self.seq_len}")
-        if self.tokens is not None and self.tokens < self.seq_len:
+        if self.tokens is not None and self.seq_len is not None and self.tokens < self.seq_len:
             raise ValueError(f"--tokens {self.tokens:,} do not fill one row of --seq-len {self.seq_len:,}")
 
 
@@ -98,8 +108,8 @@ class ShapeSettings:
     """Parameters: a share of what there are (0.8) or a count (3.8B)."""
     phone_memory: Bytes | None = None
     """Memory on the phone for weights in fp16, KV cache and workspace, such as 8GB."""
-    context: Count = option(Count(1024))
-    """Tokens in the phone's KV cache."""
+    context: Count | None = None
+    """Tokens in the phone's KV cache. Default: 1,024, or the model's context where that is shorter."""
     layers: int | None = None
     """Settle the number of layers."""
     ffn: Count | None = None
@@ -119,6 +129,8 @@ class ShapeSettings:
     def __post_init__(self) -> None:
         if self.params is not None and self.phone_memory is not None:
             raise ValueError("--params and --phone-memory are two targets; give one")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"--context must be at least 1, not {self.context}")
         if self.rank < 1 or self.chinese_tokens < 0:
             raise ValueError("--rank must be at least 1 and --chinese-tokens not negative")
 
@@ -203,10 +215,20 @@ class ImportCommand:
             raise ValueError("give the folder of a first-generation Qwen: python -m pruning import Qwen-7B")
 
 
-def calibration_tokens(settings: CutSettings, ffn: int) -> int:
-    """Calibration tokens, by default enough for a model whose feed-forward width is ``ffn``; whole rows."""
+def resolve(settings: Cut, ffn: int, context: int) -> Cut:
+    """Fill in the row's length, and calibration tokens in whole rows.
+
+    Args:
+        settings: as given.
+        ffn: the model's feed-forward width, which the default of the tokens is enough for.
+        context: tokens that the model can see.
+
+    Raises:
+        UserError: a row would be longer than the context.
+    """
+    seq_len = within_context("--seq-len", settings.seq_len, SEQ_LEN, context)
     tokens = settings.tokens or max(LEAST_TOKENS, TOKENS_A_COLUMN * ffn)
-    return -(-tokens // settings.seq_len) * settings.seq_len
+    return replace(settings, seq_len=Count(seq_len), tokens=Count(-(-tokens // seq_len) * seq_len))
 
 
 def out_folder(model: str, out: str | None, ending: str) -> Path:

@@ -6,9 +6,9 @@ Imports neither torch nor lightning: ``--help`` reads this module.
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from common.errors import UserError
 from common.settings import MAY_CHANGE, Count, option
 from data.settings import Mix
+from models.hf_config import within_context
 from models.sizes import ModelConfig
 from train.learning import DistillSettings, LoraSettings
 from train.settings import TUNING_RATE, RunSettings, check_whole, dated_name, fill_alpha, resolve_run
@@ -126,9 +126,7 @@ def run_name(settings: SftSettings) -> str:
 
 def row_length(settings: SftSettings, shape: ModelConfig) -> int:
     """Positions in a row; UserError when the model's context is shorter than what is asked for."""
-    if settings.seq_len is not None and settings.seq_len > shape.context:
-        raise UserError(f"--seq-len {settings.seq_len} is longer than the model's context of {shape.context}")
-    return settings.seq_len or min(SEQ_LEN, shape.context)
+    return within_context("--seq-len", settings.seq_len, SEQ_LEN, shape.context)
 
 
 def resolve(settings: SftSettings, shape: ModelConfig, *, own: bool, rows: int | None, world: int) -> SftSettings:

@@ -96,7 +96,7 @@ def test_a_configuration_that_mlc_does_not_have(
 
 
 def test_a_context_beyond_the_models(folder: Folder) -> None:
-    with pytest.raises(UserError, match="--context 65 is beyond the 64 tokens"):
+    with pytest.raises(UserError, match="--context 65 is longer than the model's context of 64"):
         check(folder("qwen3"), MlcSettings(context=Count(65)))
 
 

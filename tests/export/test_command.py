@@ -128,7 +128,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([mine / "diary.txt"], "diary.txt is a file; give a model folder"),
         ([pickled], "has its weights only as pickle (pytorch_model.bin), which can run code"),
         ([large], "model.norm.weight of"),
-        ([micro_model, "--context", "4k"], "--context 4,000 is beyond the 64 tokens"),
+        ([micro_model, "--context", "4k"], "--context 4,000 is longer than the model's context of 64"),
         ([micro_model, "--context", "0"], "--context must be at least 1"),
         ([micro_model, "--target", "iphone"], "--target iphone is none; there are host, android-cpu, android-opencl"),
         ([micro_model, "--target", "android-cpu"], "parity is checked with the host library"),

@@ -10,8 +10,8 @@ from models import budget
 from models.hf_config import to_config
 from models.sizes import SIZES
 from pruning.phone import WORKSPACE, on_phone
-from pruning.plan import candidates, describe, shortlist
-from pruning.settings import Bytes, CutSettings, ShapeSettings, Target, calibration_tokens
+from pruning.plan import cache_tokens, candidates, describe, shortlist
+from pruning.settings import Bytes, CutSettings, ShapeSettings, Target, resolve
 from pruning.shapes import Shape, check, parameters, step
 from tests.pruning.test_shapes import LLAMA_3, PHI_2, QWEN2, values_of
 
@@ -141,7 +141,16 @@ def test_what_no_shape_reaches_names_the_nearest() -> None:
         candidates(SMOLLM2, asked("0.01"), 8_000)
     with pytest.raises(UserError, match=r"\(its heads cannot be cut\) meets 1 GB on the phone at 1,024 tokens; the"):
         candidates(PHI_2, asked(phone="1GB", layers=32), 8_000)
-    assert describe(asked("3.8B")) == "3.8B parameters"
+    assert describe(SMOLLM2, asked("3.8B")) == "3.8B parameters"
+
+
+def test_the_cache_is_no_longer_than_the_context() -> None:
+    assert cache_tokens(SMOLLM2, asked()) == 1024
+    short = SMOLLM2 | {"max_position_embeddings": 256}
+    for settings, tokens in ((asked("0.8"), 256), (asked("0.8", context=Count(100)), 100)):
+        assert candidates(short, settings, 8_000)[0].phone.context == tokens
+    with pytest.raises(UserError, match="--context 1,000 is longer than the model's context of 256"):
+        candidates(short, asked("0.8", context=Count(1000)), 8_000)
 
 
 def test_a_phone_holds_our_models_as_the_budget_says() -> None:
@@ -159,6 +168,7 @@ def test_biases_count_on_the_phone() -> None:
 
 
 def test_wide_layers_are_calibrated_on_more_text() -> None:
-    assert calibration_tokens(CutSettings(), 1536) == 192 * 512
-    assert calibration_tokens(CutSettings(), 14_336) == 16 * 14_336
-    assert calibration_tokens(CutSettings(tokens=Count(1000)), 14_336) == 1024
+    assert resolve(CutSettings(), 1536, 2048).tokens == 192 * 512
+    assert resolve(CutSettings(), 14_336, 2048).tokens == 16 * 14_336
+    assert resolve(CutSettings(tokens=Count(1000)), 14_336, 2048).tokens == 1024
+    assert resolve(CutSettings(tokens=Count(1000)), 14_336, 64).seq_len == 64
