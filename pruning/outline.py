@@ -16,6 +16,7 @@ from pruning.report import plan_table
 from pruning.settings import PruneCommand, out_folder, resolve
 from pruning.shapes import Shape
 from pruning.vocabulary import smallest_vocabulary
+from scoring.settings import data_folder
 
 LISTED = 12
 """Shapes of the plan that are shown; the others are counted."""
@@ -54,6 +55,7 @@ def show_outline(command: PruneCommand) -> Outline:
     if not command.plan:
         weight_files(folder)
         check_out(out, folder, own=stage_of(out) == "prune")
+    data_folder(command.score_data, "--score-data")
     command = resolve(command, Shape.of(values).ffn, nearest_shape(values, folder).context)
     command = replace(command, context=Count(cache_tokens(values, command)))
     found = candidates(values, command, smallest_vocabulary(folder, command.chinese_tokens))

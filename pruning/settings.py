@@ -197,6 +197,9 @@ class PruneCommand(PruneSettings):
         if unknown:
             raise ValueError(f"--score {unknown[0]} is no suite; there are {', '.join(SUITES)}")
         ScoreSettings(suite=self.score)  # refuses suites that do not go together
+        for name in ("score_data", "score_limit"):
+            if getattr(self, name) is not None and self.score is None:
+                raise ValueError(f"--{name.replace('_', '-')} belongs to --score")
         if self.score_limit is not None and self.score_limit < 1:
             raise ValueError(f"--score-limit must be at least 1, not {self.score_limit}")
 
