@@ -67,7 +67,8 @@ def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], Non
 
     Raises:
         UserError: the run was made with other settings (shows them), exists though ``--resume never`` or
-            another run's checkpoint was asked for, or has only damaged checkpoints.
+            another run's checkpoint was asked for, or has only damaged checkpoints; the folder is no run's and has a
+            model in it.
     """
     stored = _stored_settings(settings, run)
     if stored is not None:
@@ -91,6 +92,8 @@ def find_origin(settings: RunSettings, run: RunFolder, warn: Callable[[str], Non
         if newest is None:
             raise UserError(f"all checkpoints in {run.checkpoints} are damaged; start a new run with another --run")
         return Origin(checkpoint=newest, verified=True)
+    if run.model.exists() and not run.config.exists():
+        raise UserError(f"{run.model} is there already, though {run.path} is no run; choose another --run")
     if stored is None:
         _set_tokenizer_aside(run, settings)
     return Origin(init=Path(init) if init else None)

@@ -189,6 +189,8 @@ class CheckpointSettings:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
+        if self.minutes <= 0:
+            raise ValueError(f"--checkpoint.minutes must be positive, not {self.minutes}")
         if self.keep < 1 or (self.every is not None and self.every < 1):
             raise ValueError("--checkpoint.keep and --checkpoint.every must be at least 1")
 
@@ -347,6 +349,10 @@ class TrainCommand(TrainSettings):
         for name in ("explain", "gpu", "price"):
             if getattr(self, name) and not self.plan:
                 raise ValueError(f"--{name} belongs to --plan; to choose what to train on use --device and --devices")
+        if self.plan and self.slurm is not None:
+            raise ValueError("--plan takes --nodes and --devices, processes a node, in place of --slurm")
+        if self.price is not None and self.price < 0:
+            raise ValueError(f"--price must not be negative, not {self.price}")
 
 
 def run_settings(command: TrainCommand) -> TrainSettings:
@@ -397,10 +403,17 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
         own: whether the model is our transformer.
 
     Raises:
-        UserError: as :func:`resolve_run` and :func:`check_whole`, the streams cannot be shared evenly, or z-loss is
-            asked for where there is none.
+        UserError: as :func:`resolve_run` and :func:`check_whole`, the streams cannot be shared evenly, z-loss is
+            asked for where there is none, or another model than that of the run that goes on.
     """
     check_whole(settings, settings.lora, own=own)
+    for name in ("vocab", "qk_norm"):
+        asked, there = getattr(settings.model, name), getattr(config, name)
+        if asked not in (None, there):
+            raise UserError(
+                f"--model.{name.replace('_', '-')} {asked} cannot change the model of the run, which has {there}; "
+                "choose another --run"
+            )
     if settings.model.z_loss and (settings.teacher is not None or not own):
         raise UserError("--model.z-loss is for our own models without a teacher; leave it out")
     tokens = settings.tokens or Count(budget.default_tokens(config))
@@ -494,6 +507,8 @@ def resolve_run(settings: Run, world: int) -> Run:
             f"muon needs whole matrices, which --strategy {settings.strategy} cuts into pieces; use --strategy fsdp, "
             "or --optimizer.name adamw"
         )
+    if settings.deepspeed_config is not None and not settings.strategy.startswith("deepspeed"):
+        raise UserError("--deepspeed-config belongs to --strategy deepspeed-2, deepspeed-3 or deepspeed-3-offload")
     if settings.fp8 and (settings.strategy.startswith("deepspeed") or settings.precision == "32"):
         raise UserError("--fp8 stands beside --precision bf16, under --strategy ddp, fsdp or hsdp")
     if batch % seq_len:

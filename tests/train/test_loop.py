@@ -153,6 +153,47 @@ def test_resume_from_a_path_goes_back_or_forks(train, corpus, micro_model, capsy
     assert "has checkpoints of its own" in capsys.readouterr().err
 
 
+def test_the_model_of_a_run_stays_what_it_is(train, corpus, tokenizer, capsys) -> None:
+    words = (
+        "--size",
+        "tiny",
+        "--data",
+        corpus,
+        "--tokenizer",
+        tokenizer.folder,
+        "--tokens",
+        512,
+        "--batch-tokens",
+        256,
+    )
+    words += ("--seq-len", 32, "--eval.every", "0", "--loader.streams", "8")
+    train(*words, "--model.vocab", 512)
+    for change in (("--model.vocab", 576), ("--model.vocab", 512, "--model.qk-norm", "false")):
+        with pytest.raises(SystemExit):
+            train(*words, *change, "--tokens", 1024)
+        assert "cannot change the model of the run" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_runs_is_not_replaced(train, tmp_path: Path, corpus, micro_model, capsys) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        train(
+            "--init",
+            micro_model,
+            "--data",
+            corpus,
+            "--tokens",
+            512,
+            "--batch-tokens",
+            256,
+            "--seq-len",
+            32,
+            name="mine",
+        )
+    assert "is no run; choose another --run" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "model").exists()
+
+
 def test_a_changed_corpus_is_refused(train, tmp_path: Path, corpus: Path, micro_model, capsys) -> None:
     shutil.copytree(corpus, tmp_path / "data")
     words = ("--init", micro_model, "--data", tmp_path / "data", "--batch-tokens", 256, "--seq-len", 32)

@@ -57,6 +57,8 @@ def test_the_batch_grows_with_the_root_of_the_budget() -> None:
             "the decay of 600,000",
         ),
         ("--schedule.final -1", "from 0 to 1"),
+        ("--checkpoint.minutes -1", "must be positive"),
+        ("--deepspeed-config some.json", "belongs to --strategy deepspeed-2"),
         ("--model.z-loss -1", "not be negative"),
         ("--model.vocab 0", "--model.vocab must be at least 1"),
         ("--eval.scores quick@every=1M --eval.every 0", "of which --eval.every 0 has none"),
@@ -107,6 +109,15 @@ def test_seq_len_beyond_the_size_extends_the_context() -> None:
 def test_what_only_a_plan_understands_is_refused_without_one() -> None:
     with pytest.raises(ValueError, match="--gpu belongs to --plan"):
         TrainCommand(gpu="h100-80g")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--slurm nodes=2,gpus=8", "--plan takes --nodes and --devices"), ("--price -3", "--price must not be negative")],
+)
+def test_a_plan_of_nothing_is_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(TrainCommand, ["--plan", *words.split()], prog="", description="")
 
 
 def test_devices_must_share_the_batch() -> None:
