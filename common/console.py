@@ -1,6 +1,7 @@
 """What a run shows: a header, a progress bar or lines, warnings. Only rank 0 speaks."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -73,6 +74,18 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Cells in columns: those of ``left`` to the left, the others, figures mostly, to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def duration(seconds: float) -> str:

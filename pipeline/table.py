@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.console import Console, duration
+from common.console import Console, aligned, duration
 from common.files import gigabytes
 from pipeline.settings import Recipe
 from pipeline.stages import Task
@@ -39,7 +39,7 @@ def closing(every: Sequence[Task], console: Console) -> None:
         if task.stage.command in MODELS:
             found = [one for one in every if one.stage.command == "scoring" and task in one.waits_for]
             lines.append([task.name, *_figures([_read(one.place.result / "score.json") for one in found], task)])
-    for line in _aligned(lines):
+    for line in aligned(lines, left=(0, len(lines[0]) - 1)):
         console.say(line)
     console.say("")
     for task in every:
@@ -92,16 +92,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns: names to the left, figures to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    left = (0, len(widths) - 1)
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]

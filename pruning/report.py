@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import aligned
 from common.errors import UserError
 from common.files import gigabytes, write_json
 from models.budget import PHONE_BANDWIDTH
@@ -123,18 +124,6 @@ def rank_table(tried: Sequence[Candidate], found: Sequence[float]) -> str:
         cells = [f"{shape.layers}", f"{shape.ffn:,}", f"{shape.heads} / {shape.kv_heads}", f"{shape.vocab:,}"]
         lines.append(["kept" if number == best else "", *cells, f"{one.parameters:,}", f"{bits:.4f}"])
     return "\n".join(aligned(lines))
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns, the first to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def _cells(one: Candidate, whole: Candidate) -> list[str]:

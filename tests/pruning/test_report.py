@@ -10,7 +10,7 @@ from common.errors import UserError
 from models.hf_config import read_values
 from pruning.perplexity import Measured
 from pruning.plan import candidates
-from pruning.report import FILE, Stage, aligned, plan_table, rank_table, stage_table, write_report
+from pruning.report import FILE, Stage, plan_table, rank_table, stage_table, write_report
 from pruning.settings import ShapeSettings, Target
 from pruning.shapes import Shape
 
@@ -76,7 +76,3 @@ def test_the_plan_and_the_trials_in_print(micro_model: Path) -> None:
     ranked = rank_table([found[0]] * 2, [1.5, 1.25]).splitlines()
     assert ranked[2].startswith("kept")
     assert ranked[2].endswith("1.2500")
-
-
-def test_columns_are_aligned() -> None:
-    assert aligned([["a", "bc"], ["long", "d"]]) == ["a     bc", "long   d"]
