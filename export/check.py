@@ -9,14 +9,14 @@ from common.errors import UserError
 from common.files import gigabytes
 from data.tokenizer import Tokenizer
 from export.conversation import Conversation
-from export.mapping import Parameter, head_width, key_value_heads, parameters
+from export.mapping import Parameter, parameters
 from export.mlc_config import read_chat, stop_tokens
 from export.positions import Rotary
 from export.settings import CONTEXT, MlcSettings
 from export.shards import in_order
 from export.tensors import STORED, Tensors
 from models.budget import OPENCL_GATE
-from models.hf_config import taken_values, within_context
+from models.hf_config import head_width, key_value_heads, taken_values, within_context
 
 _NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
            "max_position_embeddings", "hidden_act")  # fmt: skip

@@ -16,6 +16,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from export.positions import Rotary
 from export.rotary import frequencies
+from models.hf_config import head_width, key_value_heads
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,14 @@ class Shape:
     @classmethod
     def of(cls, values: dict[str, Any], context: int, chunk: int) -> "Shape":
         """The shape that a ``config.json`` describes, for a cache of ``context`` tokens."""
-        heads = values["num_attention_heads"]
-        head_width = values.get("head_dim") or values["hidden_size"] // heads
-        rotary = Rotary.of(values, Path())
+        rotary, width = Rotary.of(values, Path()), head_width(values)
         return cls(
             architecture=values["architectures"][0],
             layers=values["num_hidden_layers"],
             width=values["hidden_size"],
-            heads=heads,
-            kv_heads=values.get("num_key_value_heads") or heads,
-            head_width=head_width,
+            heads=values["num_attention_heads"],
+            kv_heads=key_value_heads(values),
+            head_width=width,
             ffn=values["intermediate_size"],
             vocab=values["vocab_size"],
             context=context,
@@ -60,7 +59,7 @@ class Shape:
             tied=bool(values.get("tie_word_embeddings")),
             eps=values.get("rms_norm_eps") or values.get("layer_norm_eps") or 1e-6,
             rotary=rotary,
-            frequencies=frequencies(rotary, head_width),
+            frequencies=frequencies(rotary, width),
         )
 
 

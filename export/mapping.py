@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from models.hf_config import head_width, key_value_heads
+
 
 @dataclass(frozen=True)
 class Source:
@@ -37,16 +39,6 @@ class Parameter:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
-
-
-def head_width(values: dict[str, Any]) -> int:
-    """N, of a ``config.json``."""
-    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
-
-
-def key_value_heads(values: dict[str, Any]) -> int:
-    """Key/value heads, of a ``config.json``: as many as there are query heads where it names none."""
-    return int(values.get("num_key_value_heads") or values["num_attention_heads"])
 
 
 def parameters(values: dict[str, Any]) -> list[Parameter]:

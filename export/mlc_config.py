@@ -12,9 +12,8 @@ from typing import Any
 from common.errors import UserError
 from data.tokenizer import Tokenizer
 from export.conversation import PLAIN, Conversation, UnlikeError, conversation
-from export.mapping import head_width, key_value_heads
 from export.positions import Rotary
-from models.hf_config import taken_values
+from models.hf_config import head_width, key_value_heads, taken_values
 
 CONFIG = "mlc-chat-config.json"
 

@@ -87,8 +87,8 @@ def from_config(values: dict[str, Any], folder: Path) -> ModelConfig:
             layers=values["num_hidden_layers"],
             width=values["hidden_size"],
             heads=values["num_attention_heads"],
-            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-            head_width=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+            kv_heads=key_value_heads(values),
+            head_width=head_width(values),
             ffn=values["intermediate_size"],
             vocab=values["vocab_size"],
             context=values["max_position_embeddings"],
@@ -103,19 +103,29 @@ def nearest_shape(values: dict[str, Any], folder: Path) -> ModelConfig:
     """The shape of ours that comes nearest to a foreign ``config.json``, for estimates: biases are left out."""
     kind = values.get("model_type")
     with _readable(folder):
-        heads, feed_forward = values["num_attention_heads"], values["intermediate_size"]
+        feed_forward = values["intermediate_size"]
         return ModelConfig(
             layers=values["num_hidden_layers"],
             width=values["hidden_size"],
-            heads=heads,
-            kv_heads=values.get("num_key_value_heads") or heads,
-            head_width=values.get("head_dim") or values["hidden_size"] // heads,
+            heads=values["num_attention_heads"],
+            kv_heads=key_value_heads(values),
+            head_width=head_width(values),
             ffn=feed_forward * 2 // 3 if kind == "phi" else feed_forward,  # two matrices, where SwiGLU has three
             vocab=values["vocab_size"],
             context=values["max_position_embeddings"],
             tied=values.get("tie_word_embeddings", False),
             qk_norm=kind == "qwen3",
         )
+
+
+def head_width(values: dict[str, Any]) -> int:
+    """Width of a head: ``head_dim``, by default the model's width shared out to the heads."""
+    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
+
+
+def key_value_heads(values: dict[str, Any]) -> int:
+    """Key/value heads: as many as there are query heads where none are named."""
+    return int(values.get("num_key_value_heads") or values["num_attention_heads"])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import UserError
-from models.hf_config import with_rope_at_top
+from models.hf_config import head_width, key_value_heads, with_rope_at_top
 
 SMALL = 500_000_000
 """Parameters below which a width may be any multiple of 8; from there on it is one of 64."""
@@ -36,7 +36,7 @@ class Shape:
                 layers=values["num_hidden_layers"],
                 ffn=values["intermediate_size"],
                 heads=values["num_attention_heads"],
-                kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+                kv_heads=key_value_heads(values),
                 vocab=values["vocab_size"],
             )
         except KeyError as missing:
@@ -92,11 +92,6 @@ def rules_of(values: dict[str, Any]) -> Rules:
     if values.get("use_sliding_window"):
         raise UserError("the model has sliding windows in some layers, which pruning does not know how to cut")
     return RULES[named]
-
-
-def head_width(values: dict[str, Any]) -> int:
-    """N: ``head_dim``, by default D / H."""
-    return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
 
 
 def parameters(values: dict[str, Any], shape: Shape) -> int:

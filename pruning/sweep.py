@@ -13,11 +13,12 @@ from itertools import islice
 
 from torch import Tensor, nn
 
+from models.hf_config import head_width
 from pruning.blocks import Block, Blocks, Hidden, Rows, parts_of
 from pruning.cut import cut
 from pruning.importance import Scores, best, by_energy
 from pruning.repair import refit, with_bias
-from pruning.shapes import Shape, head_width, resized
+from pruning.shapes import Shape, resized
 from pruning.statistics import Energies, Influence, Moments, token_weights
 from pruning.temperature import sharpness
 

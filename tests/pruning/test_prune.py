@@ -13,13 +13,14 @@ from common.errors import UserError
 from common.settings import Count
 from data.settings import Mix
 from data.tokenizer import Tokenizer
+from models.hf_config import head_width
 from pruning import shards
 from pruning.blocks import Blocks, parts_of
 from pruning.calibration import read_test
 from pruning.perplexity import measure
 from pruning.prune import Report, prune
 from pruning.settings import CutSettings
-from pruning.shapes import Shape, head_counts, head_width
+from pruning.shapes import Shape, head_counts
 from tests.models.test_foreign import FOREIGN, write_folder
 
 CPU = torch.device("cpu")
