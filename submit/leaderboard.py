@@ -6,12 +6,11 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from common.console import Console
+from common.console import Console, aligned
 from common.errors import UserError
 from common.files import gigabytes, write_text
 from common.settings import to_dict
 from models.budget import PHONE_MEMORY
-from pruning.report import aligned
 from scoring.results import Means, means
 from submit import page
 from submit.footprint import footprint
