@@ -87,12 +87,13 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def exclusive(folder: Path, what: str, *, keep: bool = False) -> Iterator[None]:
     """Make ``folder`` and be the only process in this block for it; UserError names ``what`` when another is.
 
-    Folders that are made here go again when the block fails with nothing in them.
+    Folders that are made here go again when the block fails with nothing in them; ``keep`` leaves them, for what a
+    user may put there by hand.
     """
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    made = [] if keep else [one for one in (folder, *folder.parents) if not one.exists()]
     with readable_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  (closed below)

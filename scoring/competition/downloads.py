@@ -36,7 +36,7 @@ class Download:
             UserError: it cannot be fetched, or is not the file that was published.
         """
         if not self.path.exists():
-            with exclusive(self.path.parent, f"{self.path.parent}"):
+            with exclusive(self.path.parent, f"{self.path.parent}", keep=True):
                 self._download(self.path.with_name(self.path.name + ".part"))
         return self.path
 

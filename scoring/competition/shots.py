@@ -127,7 +127,7 @@ def wheel() -> Path:
     """OpenCompass's wheel in the cache, fetched with pip at first; UserError where it cannot be had."""
     path = cache_folder() / "opencompass" / WHEEL
     if not path.exists():
-        with exclusive(path.parent, f"{path.parent}"):
+        with exclusive(path.parent, f"{path.parent}", keep=True):
             _pip_download(path.parent)
     found = sha256_of(path)
     if found != WHEEL_SHA256:
