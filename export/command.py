@@ -1,6 +1,5 @@
 """What ``python -m export`` does: check, write the configuration, compile, write the weights, prove parity, report."""
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.console import Console
-from common.files import gigabytes, new_folder, require_space, write_json, write_text
+from common.files import gigabytes, new_folder, require_space, sha256, write_json, write_text
 from common.run_folder import command as typed
 from common.run_folder import git_commit
 from common.settings import to_dict
@@ -181,5 +180,4 @@ class _Export:
 
 def _content(file: Path) -> dict[str, Any]:
     """A file's size and checksum."""
-    data = file.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -4,7 +4,6 @@ What is measured is what export/runner does: prefill and decode on the phone's p
 it. An emulated device is told by itself and never gives a throughput.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 from common.console import Console
 from common.errors import UserError
-from common.files import gigabytes, write_json
+from common.files import gigabytes, sha256, write_json
 from common.settings import to_dict
 from export.adb import Adb, PhoneError, connect
 from export.bench import Spread, measurement, protocol
@@ -51,11 +50,6 @@ class File:
     def size(self) -> int:
         """Bytes."""
         return self.local.stat().st_size
-
-    def sha256(self) -> str:
-        """The checksum of its content."""
-        with open(self.local, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def phone_command(command: PhoneCommand) -> None:
@@ -195,7 +189,7 @@ def push(adb: Adb, wanted: list[File], console: Console) -> None:
         PhoneError: the phone has no room, or a file arrives damaged.
     """
     adb.shell(f"mkdir -p {REMOTE}/weights")
-    there, digests = _digests(adb), {file.remote: file.sha256() for file in wanted}
+    there, digests = _digests(adb), {file.remote: sha256(file.local) for file in wanted}
     stale = [name for name, digest in there.items() if digests.get(name) != digest]
     for name in stale:
         adb.shell(f"rm -f '{REMOTE}/{name}'")

@@ -10,11 +10,20 @@ from pathlib import Path
 
 from common.console import Console
 from common.errors import UserError
-from common.files import gigabytes, new_folder, readable_disk_errors, require_space, sync, write_json, write_text
+from common.files import (
+    gigabytes,
+    new_folder,
+    readable_disk_errors,
+    require_space,
+    sha256,
+    sync,
+    write_json,
+    write_text,
+)
 from common.run_folder import COMMIT_FILE, git_commit
 from scoring.opencompass.submission import CONFIG, RUN, WRAPPER, Form, Submission, write_submission
 from submit.bundle_verify import verify
-from submit.checklist import CHECKLIST, SUMS, Item, sha256, write_checklist
+from submit.checklist import CHECKLIST, SUMS, Item, write_checklist
 from submit.rules import judge
 from submit.run import Run, data_of, lineage
 from submit.settings import BundleCommand

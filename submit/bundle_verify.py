@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from submit.checklist import check_sums, sha256
+from common.files import sha256
+from submit.checklist import check_sums
 
 CHECKOUT = Path(__file__).absolute().parent.parent
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import gigabytes, write_text
+from common.files import gigabytes, sha256, write_text
 
 CHECKLIST = "CHECKLIST.md"
 SUMS = "SHA256SUMS"
@@ -91,12 +91,6 @@ def check_sums(out: Path) -> int:
             how = "is not there" if name not in found else "is not in it" if name not in wanted else "has changed"
             raise UserError(f"{out / SUMS}: {name} {how}")
     return len(wanted)
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _of(sums: dict[str, str], path: str) -> dict[str, str]:

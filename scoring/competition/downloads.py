@@ -1,6 +1,5 @@
 """A published file that is no part of a data set on the hub, fetched once into the cache."""
 
-import hashlib
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
-from common.files import cache_folder, exclusive, readable_disk_errors
+from common.files import cache_folder, exclusive, readable_disk_errors, sha256
 
 _CHUNK = 2**16
 _TIMEOUT_S = 30
@@ -49,7 +48,7 @@ class Download:
                 f"{self.url} cannot be fetched ({error}). What came is kept: run the same command again to go on, or "
                 f"put the file at {self.path}, or give a folder of data that has it: --data DIR"
             ) from error
-        found = sha256_of(part)
+        found = sha256(part)
         if found != self.sha256:
             part.unlink()
             raise UserError(f"{self.url} has sha256 {found} where {self.sha256} was published; put it at {self.path}")
@@ -72,9 +71,3 @@ class Download:
                 file.write(chunk)
             if response.length:
                 raise ConnectionError(f"it broke off {response.length:,} bytes before its end")
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import cache_folder, exclusive
-from scoring.competition.downloads import sha256_of
+from common.files import cache_folder, exclusive, sha256
 from scoring.competition.task import Turn
 
 WHEEL = "opencompass-0.3.1-py3-none-any.whl"
@@ -129,7 +128,7 @@ def wheel() -> Path:
     if not path.exists():
         with exclusive(path.parent, f"{path.parent}", keep=True):
             _pip_download(path.parent)
-    found = sha256_of(path)
+    found = sha256(path)
     if found != WHEEL_SHA256:
         raise UserError(f"{path} is damaged: its sha256 is {found}, not {WHEEL_SHA256}. Delete it and run again")
     return path
