@@ -11,6 +11,7 @@ with F16 weights where it can be imported.
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from common.files import gigabytes
-from export.bench import Measurement, ask, line, measurement, processor, read_by_decoding, run_child
+from common.run_folder import processor
+from export.bench import Measurement, ask, line, measurement, read_by_decoding, run_child
 
 SHAPES: dict[str, dict[str, int]] = {
     "15m": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -211,7 +213,7 @@ def main() -> None:
     if args.llama_cpp is not None:
         time_llama_cpp(args.llama_cpp)
         return
-    print(processor())
+    print(f"{processor()}, {os.cpu_count()} cores")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as temporary:
             found = bench(shape, args, Path(temporary))

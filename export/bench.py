@@ -13,6 +13,7 @@ from typing import Any
 from common.console import Console
 from common.errors import UserError
 from common.files import gigabytes, write_json
+from common.run_folder import processor
 from common.settings import to_dict
 from export.settings import BenchCommand, ProtocolSettings
 from models.hf_config import read_values
@@ -94,7 +95,8 @@ def bench_command(command: BenchCommand) -> None:
             read = read_by_decoding(folder, exported["dtype"]) if name == "ours" else None
             found.append(measurement(name, threads, answer, bandwidth, read))
             console.say(line(found[-1]))
-    record = {"settings": to_dict(command), "processor": processor(), "measurements": [asdict(one) for one in found]}
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    record = {"settings": to_dict(command), "processor": machine, "measurements": [asdict(one) for one in found]}
     write_json(folder / FILE, record)
     console.say(f"\nbench: {folder / FILE}\nnext: python -m export phone {folder}")
 
@@ -186,15 +188,3 @@ def line(one: Measurement) -> str:
         f"{one.engine}, {one.threads} threads: {prompts}; first token {first} ms; "
         f"{gigabytes(one.peak_memory)} at most{share}"
     )
-
-
-def processor() -> str:
-    """The machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        import platform
-
-        return platform.processor() or platform.machine()
-    names = [text.partition(":")[2].strip() for text in lines if text.startswith(("model name", "CPU part"))]
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores"

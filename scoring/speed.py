@@ -7,7 +7,6 @@ read. Nothing is padded: all 2,000 positions hold text.
 What is timed is transformers on this machine, to compare models with each other. The phone is another matter.
 """
 
-import platform
 import resource
 import statistics
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.run_folder import processor
 
 FORWARD_TOKENS = 2_000
 """Tokens of the competition's forward pass."""
@@ -169,16 +169,7 @@ def device_name(device: torch.device) -> str:
     """What reports call a device: the GPU's model, or the processor's with the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def _ids(tokenizer: Any, count: int) -> Tensor:
