@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -137,6 +138,26 @@ def run_command(
         timeout=timeout,
         check=False,
     )
+
+
+Command = Callable[..., tuple[int, str, str]]
+"""Takes a command's words; gives how it ended, what it printed, and its error."""
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command's main function in this process, the words after it."""
+
+    def run(main: Callable[[], None], *words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def kill_and_resume(plan: dict) -> list[dict]:

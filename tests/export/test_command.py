@@ -15,8 +15,7 @@ from common.errors import UserError
 from export import library, parity
 from export.settings import out_folder
 from export.shards import read_cache
-from tests.conftest import empty_cache, run_command
-from tests.export.conftest import exporting
+from tests.conftest import Command, empty_cache, run_command
 from tests.export.test_mlc import FAKE
 
 LIBRARY = "host-0123456789abcdef.so"
@@ -52,13 +51,13 @@ def test_help_is_quick_and_has_examples(word: str, shown: tuple[str, ...]) -> No
 
 
 def test_a_model_is_exported(
-    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, exporting: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PALMTOP_CACHE", str(empty_cache(tmp_path / "cache")))
     model, out = tmp_path / "runs" / "little" / "model", tmp_path / "runs" / "little" / "export"
     shutil.copytree(micro_model, model)
     (model / "palmtop.json").write_text('{"data": []}')
-    code, shown, err = exporting(monkeypatch, capsys, model)
+    code, shown, err = exporting(model)
     assert code == 0, err
     assert shown.endswith(f"export: {out}\nnext: python -m export bench {out}\n")
     record = json.loads((out / "export.json").read_text())
@@ -85,11 +84,11 @@ def test_a_model_is_exported(
 
 
 def test_an_export_is_replaced_and_records_what_is_unchecked(
-    micro_model: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, quick: None, exporting: Command
 ) -> None:
     out = tmp_path / "out"
     for words in ([], ["--parity", "skip", "--context", "32"]):
-        code, shown, err = exporting(monkeypatch, capsys, micro_model, "--out", out, *words)
+        code, shown, err = exporting(micro_model, "--out", out, *words)
         assert code == 0, err
     record = json.loads((out / "export.json").read_text())
     assert (record["parity"], record["context"]) == ("unchecked", 32)
@@ -98,19 +97,19 @@ def test_an_export_is_replaced_and_records_what_is_unchecked(
 
 
 def test_a_library_that_is_over_the_bar_leaves_nothing(
-    micro_model: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, quick: None, exporting: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(model: Path, export: Path) -> None:
         raise UserError("the mean KL divergence is 2")
 
     monkeypatch.setattr(parity, "check", fail)
-    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", tmp_path / "out")
+    code, _, err = exporting(micro_model, "--out", tmp_path / "out")
     assert (code, err) == (2, "error: the mean KL divergence is 2\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_message_and_leaves_nothing(
-    micro_model: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, quick: None, exporting: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pickled, large, mine = tmp_path / "pickled", tmp_path / "large", tmp_path / "mine"
     shutil.copytree(micro_model, pickled)
@@ -142,7 +141,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         (["phone", "x", "--repeats", "0"], "must be at least 1"),
     ]:
         out = [] if "--out" in asked or asked[:1] in ([], ["bench"], ["phone"]) else ["--out", tmp_path / "out"]
-        code, said, err = exporting(monkeypatch, capsys, *asked, *out)
+        code, said, err = exporting(*asked, *out)
         assert (code, err.count("\n")) == (2, 1), (asked, err)
         assert message in err, (message, err)
         assert not said or asked == [large], said  # values are looked at as they are written
@@ -151,11 +150,11 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 
 
 def test_a_compiler_that_is_not_there_is_named(
-    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, exporting: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PALMTOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", tmp_path / "out")
+    code, _, err = exporting(micro_model, "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1), err
     assert "compiler" in err
     assert not (tmp_path / "out").exists()
@@ -168,7 +167,7 @@ def test_where_an_export_goes() -> None:
 
 
 def test_mlc_is_run_on_what_was_exported(
-    micro_model: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, tmp_path: Path, quick: None, exporting: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, program = tmp_path / "out", tmp_path / "bin" / "mlc_llm"
     program.parent.mkdir()
@@ -177,13 +176,13 @@ def test_mlc_is_run_on_what_was_exported(
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     monkeypatch.setenv("FAKE_MLC_OURS", str(out / "mlc"))
     monkeypatch.delenv("MLC_LLM_SOURCE_DIR", raising=False)
-    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", out, "--with-mlc")
+    code, _, err = exporting(micro_model, "--out", out, "--with-mlc")
     assert code == 0, err
     record = json.loads((out / "export.json").read_text())
     assert record["mlc_llm"]["weights"] == "equal"
     assert (out / "mlc-llm" / record["mlc_llm"]["library"]).exists()
     monkeypatch.setenv("FAKE_MLC", "other-weights")
-    code, _, err = exporting(monkeypatch, capsys, micro_model, "--out", out, "--with-mlc")
+    code, _, err = exporting(micro_model, "--out", out, "--with-mlc")
     assert code == 2
     assert "MLC-LLM's weights are unlike those of" in err
     assert "mlc_llm" not in json.loads((out / "export.json").read_text())  # the export itself is whole

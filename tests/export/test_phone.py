@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from export import phone
-from tests.export.conftest import exporting
+from tests.conftest import Command
 from tests.export.fake_adb import PROPERTIES, Phone
 
 REAL = {name: value for name, value in PROPERTIES.items() if name != "ro.kernel.qemu"}
@@ -53,11 +53,11 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def measure(device: Phone, exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def measure(device: Phone, exported: Path, exporting: Command):
     """Runs the command: its exit code, output and error."""
 
     def run(*words: str | Path, adb: str | Path = device.adb) -> tuple[int, str, str]:
-        return exporting(monkeypatch, capsys, "phone", exported, "--adb", adb, *words)
+        return exporting("phone", exported, "--adb", adb, *words)
 
     return run
 

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from pruning import __main__ as door
 from pruning.shapes import Shape, parameters
 from pruning.vocabulary import KEPT_FILE
-from tests.conftest import make_text, run_command, write_corpus
+from tests.conftest import Command, make_text, run_command, write_corpus
 from tests.pruning.test_qwen1 import write_qwen
 from tests.pruning.test_shapes import LLAMA_3, PHI_2
 
@@ -48,18 +48,10 @@ def curt_phi(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def pruning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
-) -> tuple[int, str, str]:
-    """The command in this process: how it ended, what it printed, and its error."""
-    monkeypatch.setattr(sys, "argv", ["pruning", *map(str, words)])
-    code = 0
-    try:
-        door.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+@pytest.fixture
+def pruning(run_here: Command) -> Command:
+    """The command in this process."""
+    return partial(run_here, door.main)
 
 
 def small(text: Path) -> list[str | Path]:
@@ -79,11 +71,9 @@ def test_help_is_quick_and_has_examples() -> None:
     assert not imported & {"torch", "transformers", "tokenizers", "lightning", "datasets"}
 
 
-def test_a_plan_needs_no_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_needs_no_weights(tmp_path: Path, pruning: Command) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
-    code, out, _ = pruning(monkeypatch, capsys, tmp_path, "--phone-memory", "8GB", "--vocab", "keep", "--plan")
+    code, out, _ = pruning(tmp_path, "--phone-memory", "8GB", "--vocab", "keep", "--plan")
     assert code == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "tokens: 229376" in lines  # what 14,336 units ask for
@@ -92,15 +82,13 @@ def test_a_plan_needs_no_weights(
     assert any(line.startswith("try 1 25 5,632") and "(-52.3%)" in line for line in lines), out
     assert "more" in lines[-2]
     (tmp_path / "config.json").write_text(json.dumps(PHI_2))
-    code, _, err = pruning(monkeypatch, capsys, tmp_path, "--phone-memory", "8GB", "--plan")
+    code, _, err = pruning(tmp_path, "--phone-memory", "8GB", "--plan")
     assert code == 2
     assert "error: the model fits as it is: 6.09 GB of the 8 GB" in err
 
 
-def test_a_model_is_cut_by_a_shape(
-    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = pruning(monkeypatch, capsys, micro_model, "--ffn", "48", "--out", tmp_path / "out", *small(text))
+def test_a_model_is_cut_by_a_shape(micro_model: Path, text: Path, tmp_path: Path, pruning: Command) -> None:
+    code, out, _ = pruning(micro_model, "--ffn", "48", "--out", tmp_path / "out", *small(text))
     assert code == 0, out
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert Shape.of(values).ffn == 48
@@ -119,11 +107,9 @@ def test_a_model_is_cut_by_a_shape(
     assert sum(parameter.numel() for parameter in model.parameters()) == after["parameters"]
 
 
-def test_the_best_of_several_shapes_is_kept(
-    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_of_several_shapes_is_kept(micro_model: Path, text: Path, tmp_path: Path, pruning: Command) -> None:
     words = ["--params", "0.8", "--rank", "2", "--out", tmp_path / "out", *small(text)]
-    code, out, err = pruning(monkeypatch, capsys, micro_model, *words)
+    code, out, err = pruning(micro_model, *words)
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "pruning.json").read_text())
     bits = [trial["bits_per_byte"] for trial in report["trials"]]
@@ -137,10 +123,10 @@ def test_the_best_of_several_shapes_is_kept(
 
 
 def test_a_cut_vocabulary_gives_a_working_folder(
-    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, text: Path, tmp_path: Path, pruning: Command
 ) -> None:
     words = ["--vocab", "320", "--repair", "false", "--out", tmp_path / "out", *small(text)]
-    code, _, err = pruning(monkeypatch, capsys, micro_model, *words)
+    code, _, err = pruning(micro_model, *words)
     assert code == 0, err
     kept = json.loads((tmp_path / "out" / KEPT_FILE).read_text())
     whole, small_one = (AutoModelForCausalLM.from_pretrained(folder) for folder in (micro_model, tmp_path / "out"))
@@ -154,13 +140,13 @@ def test_a_cut_vocabulary_gives_a_working_folder(
 
 
 def test_recovery_and_scores_follow(
-    curt_phi: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    curt_phi: Path, text: Path, tmp_path: Path, pruning: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recovery = ["--recover", "--recovery.data", text, "--recovery.tokens", "2k", "--recovery.seq-len", "64"]
     scores = ["--score", "sample", "--score-limit", "1"]
     words = ["--ffn", "48", "--out", "out", *small(text), *recovery, *scores]
-    code, out, err = pruning(monkeypatch, capsys, curt_phi, *words)
+    code, out, err = pruning(curt_phi, *words)
     assert code == 0, err
     (recovered,) = tmp_path.glob("out-recovery-*/model")
     for folder in (tmp_path / "out", recovered):
@@ -173,26 +159,24 @@ def test_recovery_and_scores_follow(
 
 
 def test_other_weights_under_the_same_name_are_scored(
-    curt_phi: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    curt_phi: Path, text: Path, tmp_path: Path, pruning: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for ffn in ("48", "40"):
         words = ["--ffn", ffn, "--out", "out", *small(text), "--score", "sample", "--score-limit", "1"]
-        code, _, err = pruning(monkeypatch, capsys, curt_phi, *words)
+        code, _, err = pruning(curt_phi, *words)
         assert code == 0, err
     folders = sorted(path.relative_to("scores").parts[0] for path in Path("scores").glob("*/sample-limit1-*"))
     assert folders == ["out", "out", "phi"]
 
 
 def test_scoring_that_fails_loses_nothing(
-    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, text: Path, tmp_path: Path, pruning: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recovery = ["--recover", "--recovery.data", text, "--recovery.tokens", "2k", "--recovery.seq-len", "64"]
     scores = ["--score", "competition", "--score-data", text]  # holds no data of the competition
-    code, out, err = pruning(
-        monkeypatch, capsys, micro_model, "--ffn", "48", "--out", "out", *small(text), *recovery, *scores
-    )
+    code, out, err = pruning(micro_model, "--ffn", "48", "--out", "out", *small(text), *recovery, *scores)
     assert code == 2, err
     (recovered,) = tmp_path.glob("out-recovery-*/model")
     for folder in (tmp_path / "out", recovered):
@@ -202,7 +186,7 @@ def test_scoring_that_fails_loses_nothing(
 
 
 def test_bad_input_is_one_message_and_leaves_nothing(
-    micro_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    micro_model: Path, text: Path, tmp_path: Path, pruning: Command
 ) -> None:
     pickled = tmp_path / "pickled"
     shutil.copytree(micro_model, pickled)
@@ -252,7 +236,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         (["import", qwen, "--out", trained], "was not made by this command; choose another --out"),
     ]:  # fmt: skip
         out = [] if "--out" in asked or asked[0] == "import" else ["--out", tmp_path / "out"]
-        code, said, err = pruning(monkeypatch, capsys, *asked, *out)
+        code, said, err = pruning(*asked, *out)
         assert (code, err.count("\n")) == (2, 1), (asked, err)
         assert not said or asked in late, (asked, said)
         assert message in err, (message, err)
@@ -260,15 +244,13 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert (others / "diary.txt").exists()
 
 
-def test_a_qwen_is_imported_and_then_cut(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_qwen_is_imported_and_then_cut(text: Path, tmp_path: Path, pruning: Command) -> None:
     qwen = write_qwen(tmp_path / "Qwen")
-    code, out, err = pruning(monkeypatch, capsys, "import", qwen)
+    code, out, err = pruning("import", qwen)
     assert code == 0, err
     assert f"next: python -m pruning {tmp_path / 'Qwen-qwen2'}" in out
-    assert pruning(monkeypatch, capsys, "import", qwen)[0] == 0  # its own folder it replaces
+    assert pruning("import", qwen)[0] == 0  # its own folder it replaces
     words = ["--ffn", "40", *small(text), "--seq-len", "24", "--tokens", "1k"]
-    code, out, err = pruning(monkeypatch, capsys, tmp_path / "Qwen-qwen2", *words)
+    code, out, err = pruning(tmp_path / "Qwen-qwen2", *words)
     assert code == 0, err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "Qwen-qwen2-pruned").config.intermediate_size == 40
