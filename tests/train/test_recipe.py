@@ -55,7 +55,7 @@ def test_flags_win_wherever_they_stand(tmp_path: Path) -> None:
     [
         (["galore-60"], "no recipe is called 'galore-60'; there are galore-60m, "),
         (["nowhere/own.yaml"], "the recipe nowhere/own.yaml is not there"),
-        (["galore-60m", "--tokens", "1M", "--plan"], "--schedule.warmup 131072000 is longer than the run"),
+        (["galore-60m", "--tokens", "1M", "--plan"], "the warm-up of 131,072,000 tokens and the decay of"),
     ],
 )
 def test_a_recipe_that_is_not_there_is_one_message(words: list[str], message: str) -> None:
