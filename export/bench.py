@@ -79,8 +79,8 @@ def bench_command(command: BenchCommand) -> None:
     """Measure an exported folder, print a table, and write ``bench.json`` into it."""
     assert command.folder is not None
     folder, console = Path(command.folder), Console()
-    console.settings("bench", to_dict(command))
     exported = read_export(folder)
+    console.settings("bench", to_dict(command))
     found = []
     for threads in command.threads:
         bandwidth = ask("bandwidth", folder, threads)
@@ -106,7 +106,9 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         exported = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no exported folder: {error}; make one with python -m export MODEL") from error
+        raise UserError(
+            f"{folder} is no exported folder: its export.json cannot be read; python -m export MODEL makes one"
+        ) from error
     if not list((folder / "lib").glob("host-*.so")):
         raise UserError(f"{folder} holds no library for this machine; export the model again with --target host")
     return dict(exported)

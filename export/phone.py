@@ -62,8 +62,8 @@ def phone_command(command: PhoneCommand) -> None:
     assert command.folder is not None
     console, folder = Console(), Path(command.folder)
     out = Path(command.out) if command.out is not None else folder / FILE
-    console.settings("phone", to_dict(command) | {"out": str(out)})
     record = read_export(folder)
+    console.settings("phone", to_dict(command) | {"out": str(out)})
     try:
         result = _measure(command, folder, record, console)
     except PhoneError as reason:
@@ -85,7 +85,9 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no exported folder: its export.json cannot be read") from error
+        raise UserError(
+            f"{folder} is no exported folder: its export.json cannot be read; python -m export MODEL makes one"
+        ) from error
     if not any(one["target"] == "android-cpu" for one in record["libraries"]):
         raise UserError(f"{folder} has no library for a phone; export the model again with --target host,android-cpu")
     return record

@@ -177,6 +177,6 @@ def test_a_folder_without_a_library_for_phones_is_refused(exported: Path, measur
     assert code == 2
     assert "export the model again with --target host,android-cpu" in err
     (exported / "export.json").unlink()
-    code, _, err = measure()
-    assert code == 2
+    code, out, err = measure()
+    assert (code, out) == (2, "")
     assert "is no exported folder" in err
