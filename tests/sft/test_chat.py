@@ -408,7 +408,7 @@ def test_settings_that_make_no_sense_are_refused(words: list[str], says: str) ->
 
 
 def test_the_model_must_be_named() -> None:
-    with pytest.raises(UserError, match="model"):
+    with pytest.raises(UserError, match="MODEL is missing"):
         chat_command([])
 
 
