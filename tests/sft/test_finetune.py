@@ -173,7 +173,7 @@ BASE = [*QUICK, "--data", "sample", "--eval.every", "0", "--micro-batch", "1", "
 def run_plan(model: Path, attempts: list[dict], *more: str) -> None:
     for one in attempts:
         one.setdefault("argv", [])
-    ends = kill_and_resume({"stage": "sft", "argv": [str(model), *BASE, *more], "attempts": attempts})
+    ends = kill_and_resume({"stage": "sft", "argv": ["--model", str(model), *BASE, *more], "attempts": attempts})
     for end, one in zip(ends, attempts, strict=True):
         assert end["codes"] == [-9 if "step" in one else 0] * one.get("world", 1), end["log"][-3000:]
 
