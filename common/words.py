@@ -73,7 +73,7 @@ class CommandLine:
         return f"--{name}={_as_list(hint, value) if name in self.hints else value}"
 
     def _placed(self, alone: Sequence[str], given: set[str]) -> list[str]:
-        """Words that stand alone with the flags of their places, those out that are given as flags."""
+        """Words that stand alone, with the flags of their places; where a flag itself is given, its place is taken."""
         flags: list[str] = []
         left = list(alone)
         for name in self.places:
