@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 Documents = Tensor | BlockMask | None
 """How :func:`attend` is told of them; None: every row is one."""
 
-_each = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_each_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def documents_of(positions_BT: Tensor) -> Documents:
@@ -78,7 +78,7 @@ class _InDocuments(torch.autograd.Function):
         y_BHTN = q_BHTN.new_empty(B, T, H, N).transpose(1, 2)  # as the products around it have their heads
         ctx.places, sums = list(_each_document(positions_BT)), []
         for at in ctx.places:
-            y_BHTN[at], log_sums = _each(q_BHTN[at], k_BKTN[at], v_BKTN[at], 0.0, True)
+            y_BHTN[at], log_sums = _kernel(q_BHTN[at], k_BKTN[at], v_BKTN[at], 0.0, True)
             sums.append(log_sums)
         ctx.save_for_backward(q_BHTN, k_BKTN, v_BKTN, y_BHTN, *sums)
         return y_BHTN
@@ -91,7 +91,7 @@ class _InDocuments(torch.autograd.Function):
         for at, log_sums in zip(ctx.places, sums, strict=True):
             # The kernel's backward pass is shared out by key/value heads: one for each query head keeps all cores busy.
             k, v = (x[at].repeat_interleave(shared, 1) for x in (k_BKTN, v_BKTN))
-            d_q_BHTN[at], d_k, d_v = _each_backward(d_y_BHTN[at], q_BHTN[at], k, v, y_BHTN[at], log_sums, 0.0, True)
+            d_q_BHTN[at], d_k, d_v = _kernel_backward(d_y_BHTN[at], q_BHTN[at], k, v, y_BHTN[at], log_sums, 0.0, True)
             d_k_BKTN[at], d_v_BKTN[at] = (x.unflatten(1, (-1, shared)).sum(2) for x in (d_k, d_v))
         return *slopes, None
 

@@ -35,14 +35,14 @@ def submit(recipe: Recipe, every: Sequence[Task]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("--slurm needs sbatch on the PATH: run this on a login node of a SLURM cluster")
     folder, new = recipe.folder / FOLDER, not recipe.folder.exists()
-    try:
-        with exclusive(folder, f"the recipe's folder {recipe.folder}"):
-            refuse_beside_jobs(recipe)
+    with exclusive(folder, f"the recipe's folder {recipe.folder}"):
+        refuse_beside_jobs(recipe)
+        try:
             _submit(recipe, every, folder)
-    except UserError:
-        if new:
-            shutil.rmtree(recipe.folder, ignore_errors=True)
-        raise
+        except UserError:
+            if new:  # and ours alone, as long as it is locked
+                shutil.rmtree(recipe.folder, ignore_errors=True)
+            raise
 
 
 def _submit(recipe: Recipe, every: Sequence[Task], folder: Path) -> None:

@@ -563,10 +563,10 @@ def default_batch_tokens(tokens: int) -> int:
 
 def run_name(settings: TrainSettings) -> str:
     """The name given, or one of the size."""
-    return settings.run or dated_name(subject(settings))
+    return settings.run or dated_name(called_after(settings))
 
 
-def subject(settings: TrainSettings) -> str:
+def called_after(settings: TrainSettings) -> str:
     """What a run without a name is called after: the size, or the weights that it starts from."""
     return settings.size or (Path(settings.init).name if settings.init else "125m")
 

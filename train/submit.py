@@ -18,13 +18,13 @@ from common.settings import parse, read_yaml
 from train.plan import share_of_rows
 from train.settings import (
     TrainCommand,
+    called_after,
     check_streams,
     model_config,
     resolve,
     run_name,
     run_path,
     run_settings,
-    subject,
     trains_ours,
 )
 from train.slurm import Request, seconds
@@ -91,7 +91,7 @@ def submit(command: TrainCommand, argv: Sequence[str]) -> None:
         raise UserError("--slurm needs sbatch on the PATH: run this on a login node of a SLURM cluster")
     words = _without_slurm(argv)
     if command.run is None:
-        name = f"{subject(command)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+        name = f"{called_after(command)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         command.run, words = name, [*words, "--run", name]
     run = run_path(run_name(command))
     script = Script(TEMPLATE.read_text(encoding="utf-8")).with_options(command.slurm.options())
