@@ -37,9 +37,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     An existing folder at ``path`` is replaced; it stays untouched when the block fails. The
     temporary folder is a hidden sibling, so what a killed process left is never mistaken for the
-    real one, and is removed by the next attempt.
+    real one, and is removed by the next attempt. UserError where ``path`` is a file.
     """
     path = path.absolute()  # ``.`` has no name
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give the name of a folder")
     temporary = path.with_name(f".{path.name}.tmp")
     replaced = path.with_name(f".{path.name}.old")
     with readable_disk_errors(path):

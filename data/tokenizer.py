@@ -167,7 +167,9 @@ def _download(name: str, folder: Path) -> None:
 
 
 def check_replaceable(out: Path) -> None:
-    """UserError when ``out`` holds anything but a tokenizer, which writing one there would remove."""
+    """UserError when ``out`` is a file or holds anything but a tokenizer, which writing one there would remove."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give the name of a folder")
     strangers = [path.name for path in sorted(out.glob("*")) if not any(map(path.match, FILES))]
     if strangers:
         raise UserError(f"{out} holds {strangers[0]}, which no tokenizer has; choose another --out")

@@ -58,7 +58,7 @@ def consolidate(source: Path, out: Path | None = None) -> Path:
     if not (run.tokenizer / "tokenizer.json").exists():
         raise UserError(f"the tokenizer of {path} is not in {run.tokenizer}, beside the checkpoints, where it belongs")
     folder = out or run.model
-    if folder.exists() and any(folder.iterdir()) and not (folder / "palmtop.json").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "palmtop.json").exists():
         raise UserError(f"{folder} is there already and holds no palmtop.json; choose another --out")
     write_model_folder(folder, path, Tokenizer(run.tokenizer))
     return folder

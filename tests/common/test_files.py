@@ -41,6 +41,13 @@ def test_a_claimed_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
     assert folder.exists()  # it was there before
 
 
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("mine")
+    with pytest.raises(UserError, match="plain is a file; give the name of a folder"), new_folder(tmp_path / "plain"):
+        pass
+    assert (tmp_path / "plain").read_text() == "mine"
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with new_folder(target) as folder:

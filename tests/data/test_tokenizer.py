@@ -59,6 +59,8 @@ def test_only_a_tokenizer_is_replaced_by_one(tokenizer: Tokenizer, tmp_path: Pat
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match=r"holds thesis\.txt, which no tokenizer has"):
         check_replaceable(tmp_path)
+    with pytest.raises(UserError, match=r"thesis\.txt is a file"):
+        check_replaceable(tmp_path / "thesis.txt")
 
 
 def test_digits_stand_alone(tokenizer: Tokenizer) -> None:

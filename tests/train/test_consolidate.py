@@ -57,7 +57,12 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_folder_is_not_replaced(run: Path) -> None:
-    done = forked().run("train.py", "consolidate", run, "--out", run)
-    assert done.returncode == 2
-    assert "is there already and holds no palmtop.json" in done.stderr
+    for out, message in (
+        (run, "is there already and holds no palmtop.json"),
+        (run / "metrics.jsonl", "metrics.jsonl is a file; give the name of a folder"),
+    ):
+        done = forked().run("train.py", "consolidate", run, "--out", out)
+        assert done.returncode == 2
+        assert message in done.stderr
     assert (run / "checkpoints").exists()
+    assert (run / "metrics.jsonl").is_file()
