@@ -165,6 +165,7 @@ def attention_values(config: ModelConfig, bytes_per_value: int, *, compiled: boo
     output and log-sum-exp, the product that is added to the residual stream, and the norms' factors in
     fp32. Eager keeps that last product not, and of each norm, instead of its input, the input in fp32 and
     the input times its factor, 8 a value: 8·D in place of 2·b·D, and 8·(H + K)·N more for QK-norm (4 in fp32).
+    (On a CPU in bf16 there is no log-sum-exp: it is computed again.)
     """
     heads = config.heads + config.kv_heads
     qkv = bytes_per_value * (heads + config.kv_heads) * config.head_width

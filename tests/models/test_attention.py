@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from models import attention
 from models.attention import attend, documents_of
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
@@ -50,6 +51,35 @@ def test_documents_are_attended_to_as_by_a_mask(positions: Tensor) -> None:
     expected.backward(slopes)
     for x, y in zip(ours, reference, strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [2**20, 4 * 128 * 300], ids=["both rows", "row by row"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        None,
+        torch.arange(300).remainder(170).repeat(2, 1),
+        torch.stack([torch.arange(300).remainder(7), torch.arange(5, 305)]),
+        torch.zeros(2, 300, dtype=torch.int64),
+    ],
+    ids=["whole rows", "long", "short and one", "single tokens"],
+)
+def test_bf16_is_the_formula_but_for_rounding(
+    positions: Tensor | None, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
+    ours = [x.detach().bfloat16().requires_grad_() for x in queries_keys_values(300)]
+    reference = [x.detach().float().requires_grad_() for x in ours]
+    places = torch.arange(300).repeat(2, 1) if positions is None else positions
+    found, expected = attend(*ours, positions), by_formula(*reference, places)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03)
+    slopes = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found.backward(slopes)
+    expected.backward(slopes.float())
+    for x, y in zip(ours, reference, strict=True):
+        assert x.grad is not None and y.grad is not None
+        assert (x.grad.float() - y.grad).norm() <= 0.01 * y.grad.norm() + 1e-6
 
 
 def test_without_documents_a_row_is_one() -> None:

@@ -116,6 +116,8 @@ def test_activations_are_what_autograd_keeps(face: str, bf16: bool, packed: bool
     kept = saved_bytes(config, rows, seq_len, bf16=bf16, packed=packed, checkpointing=checkpointing)
     planned = budget.activation_bytes(config, rows, seq_len, size_of, checkpointing=checkpointing)
     planned += budget.head_kept_bytes(config, rows * seq_len, size_of)
+    if bf16 and checkpointing != "full":  # attention on a CPU keeps no log-sum-exp in bf16, elsewhere it does
+        planned -= rows * seq_len * config.layers * 4 * config.heads
     if checkpointing == "full":  # the rotary table is there, but autograd does not hold it
         planned -= rows * seq_len * config.head_width * size_of
     assert kept == planned
