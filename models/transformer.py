@@ -27,6 +27,10 @@ HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
 """Tokens whose logits exist at one time: large enough for efficient matrix products, on a CPU small enough
 that the passes over the logits find them in its caches."""
 
+ADDED_VALUES = 2**20
+"""Of a product in bf16 that is added to an fp32 sum on a CPU, at one time: in its caches, as are the values in fp32 into
+which torch turns them first."""
+
 HeadLoss = Callable[[Tensor, nn.Linear, Tensor], Any]
 """Last hidden states (M, D), the head and targets (M) to a loss of one's own."""
 
@@ -290,8 +294,11 @@ def _accumulate(total_VD: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """Add d_logitsᵀ · hidden to an fp32 sum; in fp32 without a temporary of its size."""
     if hidden.dtype == total_VD.dtype:
         total_VD.addmm_(d_logits.T, hidden)
-    else:
-        total_VD += d_logits.T @ hidden
+        return
+    rows = len(total_VD) if total_VD.is_cuda else max(1, ADDED_VALUES // total_VD.shape[1])
+    for first in range(0, len(total_VD), rows):
+        part = slice(first, first + rows)
+        total_VD[part] += d_logits[:, part].T @ hidden
 
 
 def chunk_loss(
@@ -300,19 +307,22 @@ def chunk_loss(
     """Summed loss of some tokens, their summed negative log-likelihood, and d loss / d logits.
 
     With p = softmax(logits) and Z = logsumexp(logits), the gradient of -log p[target] + z·Z² is
-    p·(1 + 2·z·Z) - onehot(target). Computed in fp32, returned in the logits' dtype; logits in fp32 are
-    overwritten by it, because fresh memory for so large a tensor costs as much as the arithmetic.
+    p·(1 + 2·z·Z) - onehot(target). Computed in fp32 with one exponential a logit, returned in the logits' dtype;
+    logits in fp32 are overwritten, because fresh memory for so large a tensor costs as much as the arithmetic.
     """
     counted = targets != IGNORE
     index = targets.clamp(min=0)[:, None]
-    scores = logits.float()
-    log_z = scores.logsumexp(-1)
-    nll = torch.where(counted, log_z - scores.gather(1, index).squeeze(1), 0.0)
+    largest = logits.amax(-1).float()
+    of_targets = logits.gather(1, index).squeeze(1).float()
+    powers = logits.float().sub_(largest[:, None]).exp_()
+    total = powers.sum(-1)
+    log_z = largest + total.log()
+    nll = torch.where(counted, log_z - of_targets, 0.0)
     penalty = torch.where(counted, z_loss * log_z.square(), 0.0)
     d_logits = None
     if with_gradients:
         weight = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0)
-        d_logits = scores.sub_(log_z[:, None]).exp_().mul_(weight[:, None]).to(logits.dtype)
+        d_logits = powers.mul_((weight / total)[:, None]).to(logits.dtype)
         # Written, not added, at the targets: the pass above then ends in the logits' dtype.
         d_target = weight * (-nll).exp() - counted.float()
         d_logits.scatter_(1, index, d_target[:, None].to(logits.dtype))
