@@ -8,7 +8,8 @@ A step is zero_grad, forward, backward, gradient clipping and fused AdamW. The v
 step each a round, and medians over the rounds are compared, so that a machine that is busy with other
 things slows all of them alike; a large matrix product takes its turn, too. ``--packed`` gives ours and
 transformers rows of several documents that do not see each other; without it every row is one document.
-litgpt takes part where it is installed (see bench/peers.py).
+litgpt takes part where it is installed (see bench/peers.py). On a CPU the process keeps the memory that tensors give
+back, as ``train.py`` does, for all sides; with ``--return-memory`` it does not, as the peers by themselves do not.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from bench.peers import Batch
 from models import budget, hf, sizes
 from models.sizes import ModelConfig
 from models.transformer import Transformer
+from train.allocator import keep_freed_memory
 
 DEFAULT = ModelConfig(
     layers=6, width=256, heads=4, kv_heads=4, head_width=64, ffn=592, vocab=8192, context=256, tied=False, qk_norm=False
@@ -145,6 +147,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--packed", action="store_true", help="four documents a row")
+    parser.add_argument("--return-memory", action="store_true", help="leave the C library's settings alone")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -219,6 +222,8 @@ def print_table(lines: dict[str, dict[str, float | None]]) -> None:
 def main() -> None:
     """Measure and print the table."""
     args = parse()
+    if args.device == "cpu" and not args.return_memory:
+        keep_freed_memory()
     clock = time.process_time if args.cpu_time else time.perf_counter
     config = DEFAULT if args.shape == "default" else replace(sizes.size(args.shape).config, qk_norm=False)
     config = replace(config, context=max(config.context, args.seq_len))
