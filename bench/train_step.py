@@ -35,7 +35,7 @@ from bench.peers import Batch
 from models import budget, hf, sizes
 from models.sizes import ModelConfig
 from models.transformer import Transformer
-from train.allocator import keep_freed_memory
+from train.allocator import freed_memory_kept
 
 DEFAULT = ModelConfig(
     layers=6, width=256, heads=4, kv_heads=4, head_width=64, ffn=592, vocab=8192, context=256, tied=False, qk_norm=False
@@ -219,17 +219,8 @@ def print_table(lines: dict[str, dict[str, float | None]]) -> None:
     print(f"Aimed at for ours compiled in bf16, on a processor with bf16 instructions: {bars}")
 
 
-def main() -> None:
-    """Measure and print the table."""
-    args = parse()
-    if args.device == "cpu" and not args.return_memory:
-        keep_freed_memory()
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    config = DEFAULT if args.shape == "default" else replace(sizes.size(args.shape).config, qk_norm=False)
-    config = replace(config, context=max(config.context, args.seq_len))
-    print(machine(args.device))
-    print(f"{budget.parameters(config).total:,} parameters, {args.rows} rows of {args.seq_len} tokens\n")
-    batch = Batch.random(config, args.rows, args.seq_len, args.device, args.packed)
+def make_steps(args: argparse.Namespace, config: ModelConfig, batch: Batch) -> dict[str, Step]:
+    """The steps of the variants that were asked for, warm."""
     steps: dict[str, Step] = {}
     for name in (name for name in VARIANTS if any(words in name for words in args.variants)):
         if reason := why_not(name, args.packed):
@@ -240,7 +231,20 @@ def main() -> None:
         losses = [steps[name]() for _ in range(2)]
         ready = time.perf_counter() - start
         print(f"{name:<32} ready in {ready:5.1f} s, losses {losses[0]:.4f} {losses[1]:.4f}", flush=True)
-    found = measure(steps, args.device, args.rounds, clock)
+    return steps
+
+
+def main() -> None:
+    """Measure and print the table."""
+    args = parse()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    config = DEFAULT if args.shape == "default" else replace(sizes.size(args.shape).config, qk_norm=False)
+    config = replace(config, context=max(config.context, args.seq_len))
+    print(machine(args.device))
+    print(f"{budget.parameters(config).total:,} parameters, {args.rows} rows of {args.seq_len} tokens\n")
+    batch = Batch.random(config, args.rows, args.seq_len, args.device, args.packed)
+    with nullcontext() if args.device == "cuda" or args.return_memory else freed_memory_kept():
+        found = measure(make_steps(args, config, batch), args.device, args.rounds, clock)
     rates = ", ".join(f"{name} {statistics.median(rates) / 1e9:,.0f} GFLOP/s" for name, rates in found.rates.items())
     print(f"\nlarge matrix products, in {'processor' if args.cpu_time else 'wall'} time: {rates}")
     print_table(ratios(found, args.rows * args.seq_len, budget.flops_per_token(config, args.seq_len)))

@@ -250,9 +250,9 @@ def head_bytes(config: ModelConfig, tokens: int, bytes_per_value: int, *, chunk:
     """Most bytes that the head and the cross-entropy hold at one time.
 
     What they keep (:func:`head_kept_bytes`) and the larger of two: in the forward pass one chunk of C tokens, C·V
-    logits and their gradient, b + b bytes each when compiled, eager with fp32 temporaries as well (10 in
-    bf16, 8 in fp32), and in bf16 the head's weight and the product that is added to d_weight, 2 + 2 bytes
-    each; in the backward pass the scaled d_weight and d_hidden.
+    logits and their gradient, b + b bytes each when compiled, eager in bf16 with fp32 temporaries as well (8), in fp32
+    in one place (4), and in bf16 the head's weight and the product that is added to d_weight, 2 + 2 bytes each (on
+    a CPU a piece of the latter); in the backward pass the scaled d_weight and d_hidden.
     """
     matrix = config.vocab * config.width
     a_logit = logit_bytes(bytes_per_value, compiled=compiled)
@@ -263,7 +263,7 @@ def head_bytes(config: ModelConfig, tokens: int, bytes_per_value: int, *, chunk:
 
 def logit_bytes(bytes_per_value: int, *, compiled: bool) -> int:
     """Bytes that a logit takes while the loss of its chunk is computed, see :func:`head_bytes`."""
-    return 2 * bytes_per_value if compiled else {2: 10, 4: 8}[bytes_per_value]
+    return 2 * bytes_per_value if compiled else {2: 8, 4: 4}[bytes_per_value]
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, bytes_per_value: int = 2) -> int:

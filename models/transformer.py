@@ -28,8 +28,8 @@ HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
 that the passes over the logits find them in its caches."""
 
 ADDED_VALUES = 2**20
-"""Of a product in bf16 that is added to an fp32 sum on a CPU, at one time: in its caches, as are the values in fp32 into
-which torch turns them first."""
+"""Of a product in bf16 that is added to an fp32 sum on a CPU, at one time: what its caches hold, with the values
+in fp32 that torch turns them into first."""
 
 HeadLoss = Callable[[Tensor, nn.Linear, Tensor], Any]
 """Last hidden states (M, D), the head and targets (M) to a loss of one's own."""
@@ -323,9 +323,10 @@ def chunk_loss(
     if with_gradients:
         weight = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0)
         d_logits = powers.mul_((weight / total)[:, None]).to(logits.dtype)
-        # Written, not added, at the targets: the pass above then ends in the logits' dtype.
+        # Written, not added, at the targets: the pass above then ends in the logits' dtype. By index, for on a CPU
+        # ``scatter_`` turns all of a tensor in bf16 to fp32 and back.
         d_target = weight * (-nll).exp() - counted.float()
-        d_logits.scatter_(1, index, d_target[:, None].to(logits.dtype))
+        d_logits[torch.arange(len(logits), device=logits.device), index.squeeze(1)] = d_target.to(logits.dtype)
     return nll.sum() + penalty.sum(), nll.sum(), d_logits
 
 

@@ -11,7 +11,6 @@ import torch
 from common.errors import UserError
 from models import gpus
 from models.sizes import ModelConfig
-from train.allocator import keep_freed_memory
 from train.engine import shard
 from train.fabric import DDPStrategy, Fabric, LightningEnvironment, ModelParallelStrategy, TorchElasticEnvironment
 from train.launch import Place
@@ -111,8 +110,6 @@ def make_fabric(settings: RunSettings, place: Place, strategy: str) -> Fabric:
         torch.use_deterministic_algorithms(True)
     device = choose_device(settings, place)
     cuda = device.type == "cuda"
-    if not cuda:
-        keep_freed_memory()
     fabric = Fabric(
         accelerator=device.type,
         devices=[device.index] if cuda and place.world_size == 1 else place.devices,

@@ -8,7 +8,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer
 from models import budget
 from models.sizes import ModelConfig
 from train import checkpoint, float8
+from train.allocator import freed_memory_kept
 from train.checkpoint import Checkpoints
 from train.device import choose_device, choose_fit, device_name, make_fabric
 from train.engine import Engine, MakeOptimizers, Values, engine_for
@@ -294,7 +295,7 @@ def open_stage(
     job = Job.of_all()
     settings, shape, plan = job.broadcast((settings, shape, plan))
     console = Console(rank=place.rank)
-    with run.claimed():
+    with run.claimed(), freed_memory_kept() if device.type == "cpu" else nullcontext():
         new = run.writes and {path.name for path in run.path.iterdir()} == {".lock"}  # nothing of anybody's is in it
         try:
             origin = job.broadcast(find_origin(settings, run, console.warn, init) if job.rank == 0 else Origin())

@@ -78,7 +78,8 @@ def test_bf16_is_the_formula_but_for_rounding(
     found.backward(slopes)
     expected.backward(slopes.float())
     for x, y in zip(ours, reference, strict=True):
-        assert x.grad is not None and y.grad is not None
+        assert x.grad is not None
+        assert y.grad is not None
         assert (x.grad.float() - y.grad).norm() <= 0.01 * y.grad.norm() + 1e-6
 
 

@@ -144,8 +144,8 @@ def test_the_heads_bytes() -> None:
     matrix, kept = 100 * 8, 2 * 64 * 8 + 4 * 100 * 8
     assert budget.head_kept_bytes(SMALL, 64, 2) == kept
     # The product for d_weight and the bf16 head, and a chunk of 16 or of all 64 tokens.
-    assert budget.head_bytes(SMALL, 64, 2, chunk=16) == kept + 10 * 16 * 100 + 4 * matrix
-    assert budget.head_bytes(SMALL, 64, 2, chunk=4096) == kept + 10 * 64 * 100 + 4 * matrix
+    assert budget.head_bytes(SMALL, 64, 2, chunk=16) == kept + 8 * 16 * 100 + 4 * matrix
+    assert budget.head_bytes(SMALL, 64, 2, chunk=4096) == kept + 8 * 64 * 100 + 4 * matrix
     # With few logits the scaled gradients of the backward pass are more.
     assert budget.head_bytes(SMALL, 64, 4, chunk=1, compiled=True) == 2 * budget.head_kept_bytes(SMALL, 64, 4)
 

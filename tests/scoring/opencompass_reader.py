@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import cache_folder, new_folder
+from common.files import cache_folder, new_folder, turn
 
 PARSER = ["opencompass==0.3.1", "mmengine-lite==0.10.7", "addict==2.4.0", "yapf==0.43.0", "termcolor", "platformdirs"]
 
@@ -17,10 +17,11 @@ PARSER = ["opencompass==0.3.1", "mmengine-lite==0.10.7", "addict==2.4.0", "yapf=
 def _packages() -> Path:
     """OpenCompass's wheel and what reads its configurations, from the package index; without the rest of its needs."""
     folder = cache_folder() / "opencompass-parser"
-    if not folder.exists():
-        with new_folder(folder) as temporary:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
-            subprocess.run([*pip, *PARSER, "setuptools<81"], check=True, timeout=300, capture_output=True)
+    with turn(folder):  # tests of another process want it, too
+        if not folder.exists():
+            with new_folder(folder) as temporary:
+                pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
+                subprocess.run([*pip, *PARSER, "setuptools<81"], check=True, timeout=300, capture_output=True)
     return folder
 
 

@@ -92,7 +92,7 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def test_the_peak_of_a_step_is_what_the_plan_says() -> None:
-    config = replace(size("tiny").config, layers=2, vocab=1024)
+    config = replace(size("tiny").config, layers=2, vocab=2048)
     job = Workload(config, Machine(cpu(0)), rows=2 * 8, seq_len=128, precision="32", optimizer="adamw")
     trial = Trial(job, "none", rows=8)
     assert trial.plan().total == pytest.approx(measure_cpu(trial), rel=0.03)
