@@ -13,11 +13,13 @@ Shapes: M tokens, D model width, V vocabulary, P tokens that are predicted, K to
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.foreign import summed_by_chunks
 from models.transformer import IGNORE
+
+LOGITS_AT_ONCE = 2**18
+"""Logits that go through all passes of the loss before the next ones do, on a CPU."""
 
 
 class Distillation:
@@ -56,9 +58,9 @@ class Distillation:
         def loss(hidden_MD: Tensor, head: nn.Linear, targets_M: Tensor) -> tuple[Tensor, Tensor]:
             def against_teacher(ours: Tensor, theirs: Tensor, targets: Tensor) -> Any:
                 with torch.no_grad():
-                    logits = their_head(theirs).float()
+                    logits = their_head(theirs)
                     logits = logits if self.ids is None else logits[:, self.ids]
-                return _loss(ours.float(), logits, targets, weight, temperature)
+                return _Loss.apply(ours, logits, targets, weight, temperature)
 
             predicts = targets_M != IGNORE
             rest = theirs_MD[predicts], targets_M[predicts]
@@ -67,15 +69,59 @@ class Distillation:
         return student(inputs, positions, targets, head_loss=loss)
 
 
-def _loss(
-    ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor, weight: float, temperature: float
-) -> tuple[Tensor, Tensor]:
-    log_q = ours_PV.log_softmax(-1)
-    nll = F.nll_loss(log_q, targets_P, reduction="sum")
-    common = min(ours_PV.shape[-1], theirs_PV.shape[-1])
-    if temperature != 1 or common < ours_PV.shape[-1]:  # else the same again, and a pass over V is dear on a CPU
-        log_q = (ours_PV[:, :common] / temperature).log_softmax(-1)
-    theirs_PV = theirs_PV[:, :common]
-    log_p = (theirs_PV if temperature == 1 else theirs_PV / temperature).log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum()
-    return (1 - weight) * nll + weight * temperature**2 * divergence, nll.detach()
+class _Loss(torch.autograd.Function):
+    """The loss, the labels' negative log-likelihood, and the gradient w·T·(q - p) + (1 - w)·(softmax - onehot) at once.
+
+    It takes a dozen passes over the logits; on a CPU for a few tokens at a time, whose logits stay in its caches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        loss, nll = (torch.zeros((), device=ours_PV.device) for _ in range(2))
+        d_ours_PV = torch.empty_like(ours_PV)
+        rows = max(1, len(ours_PV) if ours_PV.is_cuda else LOGITS_AT_ONCE // ours_PV.shape[1])
+        for first in range(0, len(ours_PV), rows):
+            part = slice(first, first + rows)
+            ours, theirs, targets = ours_PV[part].float(), theirs_PV[part].float(), targets_P[part]
+            of_labels, divergence, slope = _sums_and_slope(ours, theirs, targets, weight, temperature)
+            nll += of_labels
+            loss += (1 - weight) * of_labels + weight * temperature**2 * divergence
+            d_ours_PV[part] = slope
+        ctx.save_for_backward(d_ours_PV)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor) -> Any:
+        (d_ours_PV,) = ctx.saved_tensors
+        return d_ours_PV * d_loss.to(d_ours_PV.dtype), None, None, None, None
+
+
+def _sums_and_slope(
+    ours: Tensor, theirs: Tensor, targets: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The labels' summed negative log-likelihood, the summed divergence, and the loss's gradient in ``ours``."""
+    common = min(ours.shape[-1], theirs.shape[-1])
+    places = torch.arange(len(ours), device=ours.device)
+    softmax, log_z = _softmax(ours)
+    nll = (log_z - ours[places, targets]).sum()
+    p, q = theirs[:, :common] / temperature, ours[:, :common] / temperature
+    differences = p - q
+    p, log_z_of_p = _softmax(p)
+    alike = temperature == 1 and common == ours.shape[-1]
+    q, log_z_of_q = (softmax, log_z) if alike else _softmax(q)
+    divergence = (p * differences).sum() + (log_z_of_q - log_z_of_p).sum()
+    slope = (1 - weight) * softmax
+    slope[places, targets] -= 1 - weight
+    slope[:, :common] += (weight * temperature) * (q - p)
+    return nll, divergence, slope
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution, and the logarithm of its denominator."""
+    largest = logits.amax(-1, keepdim=True)
+    powers = (logits - largest).exp_()
+    total = powers.sum(-1, keepdim=True)
+    return powers.div_(total), (largest + total.log()).squeeze(-1)

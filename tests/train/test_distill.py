@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from models.sizes import ModelConfig
 from models.transformer import IGNORE, Transformer
+from train import distill
 from train.distill import Distillation
 
 CONFIG = ModelConfig(2, 32, 4, 2, 8, 48, 61, 64, tied=False, qk_norm=True)
@@ -25,7 +26,9 @@ def models(**changes: int) -> tuple[Transformer, Transformer]:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("vocab", [61, 70])
-def test_the_loss_is_the_formula(temperature: float, vocab: int) -> None:
+@pytest.mark.parametrize("logits", [2**18, 3 * 61])
+def test_the_loss_is_the_formula(temperature: float, vocab: int, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", logits)
     student, teacher = models(vocab=vocab)
     loss, nll = Distillation(teacher, 0.3, temperature)(student, BATCH)
     chosen = TARGETS != IGNORE
