@@ -25,7 +25,7 @@ class RecoverSettings:
     """Tokens in a global batch. Default: grows with the root of the budget; so small that there are 128 steps."""
     lr: float | None = None
     """Peak learning rate. Default, in inverse proportion to the width: 2e-5 at 4096, of adapters 2e-4."""
-    distill: DistillSettings = field(default_factory=lambda: DistillSettings(weight=0.9))
+    distill: DistillSettings = field(default_factory=DistillSettings)
     """The teacher."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters in place of all weights, for few tokens or a model that cannot be trained whole; rank 16 by default."""
