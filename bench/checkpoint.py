@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from bench.train_step import machine
+from common.command import run_command
 from common.distributed import Job
 from models import sizes
 from models.transformer import Transformer, initial_weight
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,6 +30,7 @@ import tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from common.command import run_command
 from data.loader import Loader, Order
 from data.packing import make_batch
 from data.prepare import prepare
@@ -306,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

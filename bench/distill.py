@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.command import run_command  # noqa: E402
 from common.files import new_folder, write_json  # noqa: E402
 from models.foreign import Architecture  # noqa: E402
 from models.hf import WeightFiles, save_weights  # noqa: E402
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

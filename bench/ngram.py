@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from common.command import run_command
 from data.packing import IGNORE, Array, make_batch
 from data.prepared import PreparedSource
 from data.sources import TextSource, held_out, lines, open_source, text_of
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from bench.floor import copy_rate, least
 from bench.train_gpu import Setting, Trainee, make_batch, make_ours, make_setting, prepare_torch, wait_for
 from bench.train_step import Clock, machine, matmul_rate
+from common.command import run_command
 from data.packing import make_batch as pack
 from models import sizes
 from models.transformer import Transformer
@@ -257,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

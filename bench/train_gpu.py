@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from bench import peers
 from bench.peers import Batch
 from bench.train_step import machine, matmul_rate
+from common.command import run_command
 from common.errors import UserError
 from common.files import write_text
 from models import budget, gpus, hf, sizes
@@ -683,4 +684,4 @@ def run(args: argparse.Namespace, deadline: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from bench import peers
 from bench.peers import Batch
+from common.command import run_command
 from models import budget, hf, sizes
 from models.sizes import ModelConfig
 from models.transformer import Transformer
@@ -251,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

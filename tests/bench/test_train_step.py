@@ -1,9 +1,11 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from bench import peers
+from bench import peers, train_step
 from bench.floor import least
 from bench.peers import Batch
 from bench.train_step import BASELINE, DEFAULT, Measured, make_step, measure, ratios, why_not
@@ -102,3 +104,10 @@ def test_bytes_of_adamw_are_what_it_reads_and_writes() -> None:
     assert part.flops == 0
     assert part.bytes == (4 + 3 + 1 + 2) * 4 * budget.parameters(config).total
     assert part.seconds(1.0, 1e9) == part.bytes / 1e9
+
+
+def test_a_size_that_is_not_there_is_one_message() -> None:
+    command = [sys.executable, train_step.__file__, "--shape", "15b"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no size is called '15b'")
