@@ -268,6 +268,19 @@ class Blocks:
                 total += head.nll(self.fetch(states), wanted)
         return total
 
+    def expected(self, hidden: Hidden, rows: Rows) -> Tensor:
+        """The mean over the places of all targets of the probability that is predicted for each token (V,).
+
+        Args:
+            hidden: what comes out of the last block.
+            rows: the text, with a target at least.
+        """
+        head, total_V = self.head(), torch.zeros(int(self.values["vocab_size"]), dtype=torch.float64)
+        for chunk, targets in zip(hidden, rows.targets, strict=True):
+            for states in chunk.flatten(0, 1)[targets.flatten() != IGNORE].split(HEAD_TOKENS):
+                total_V += head.chances(self.fetch(states)).cpu()
+        return total_V / rows.predicted
+
     def slopes(self, hidden: Hidden, rows: Rows, generator: torch.Generator) -> Hidden:
         """The gradient of the negative log-likelihood of tokens that are drawn from the model's own prediction.
 

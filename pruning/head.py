@@ -31,6 +31,12 @@ class Head:
         wanted_M = (normed_MD * self._rows(targets_M)).sum(-1) + self.bias[targets_M.to(self.bias.device)]
         return float((total_M - wanted_M).double().sum())
 
+    def chances(self, states_MD: Tensor) -> Tensor:
+        """The predicted probability of every token, summed over the states (V,), on the device."""
+        normed_MD = self.norm(states_MD)
+        total_M = torch.stack([logits.logsumexp(-1) for logits, _ in self.parts(normed_MD)]).logsumexp(0)
+        return torch.cat([(logits - total_M[:, None]).exp().sum(0) for logits, _ in self.parts(normed_MD)])
+
     def slope(self, states_MD: Tensor, generator: torch.Generator) -> Tensor:
         """The gradient of the negative log-likelihood of drawn tokens with respect to the states (M, D)."""
         with torch.enable_grad():

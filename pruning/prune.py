@@ -29,6 +29,7 @@ from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
 from pruning.cut import cut_rows
 from pruning.fisher import information
+from pruning.frequency import expected_tokens
 from pruning.importance import Scores, by_chance, by_weights, least_influential
 from pruning.report import FILE
 from pruning.settings import CutSettings, resolve
@@ -108,9 +109,11 @@ class _Pruning:
     def write(self, out: Path, chinese_tokens: int) -> Report:
         """Fill the folder."""
         start = time.perf_counter()
-        kept = self._vocabulary(out, chinese_tokens)
-        calibration = self._calibration()
-        rows = None if calibration is None else _rows(calibration.batch(Tokenizer(out)), kept)
+        calibration = self._calibration() if self._narrows_vocabulary or self._reads_hidden_states else None
+        kept = self._vocabulary(out, calibration, chinese_tokens)
+        rows = None
+        if calibration is not None and self._reads_hidden_states:
+            rows = _rows(calibration.batch(Tokenizer(out)), kept)
         turned = self._influence(rows)
         dropped = least_influential(turned, self.now.layers - self.shape.layers) if turned else []
         stay = [layer for layer in range(self.now.layers) if layer not in dropped]
@@ -137,14 +140,22 @@ class _Pruning:
         tensor = self.blocks.end(name)
         return tensor if kept is None or name not in VOCABULARY_ENDS else cut_rows(tensor, kept)
 
-    def _vocabulary(self, out: Path, chinese_tokens: int) -> list[int] | None:
+    def _vocabulary(self, out: Path, calibration: Calibration | None, chinese_tokens: int) -> list[int] | None:
         """Write the tokenizer; returns the old id of every token where some went."""
-        if self.shape.vocab == self.now.vocab:
-            Tokenizer(self.blocks.folder).copy_to(out)
+        whole = Tokenizer(self.blocks.folder)
+        if not self._narrows_vocabulary:
+            whole.copy_to(out)
             return None
+        assert calibration is not None
+        with self._progress("layers asked for the vocabulary", self.now.layers) as progress:
+            expected = expected_tokens(self.blocks, Rows.of(calibration.batch(whole)), progress)
         self.console.say("counting tokens for the smaller vocabulary")
-        mix = self.settings.calibration
-        return cut_vocabulary(self.blocks.folder, out, self.shape.vocab, mix, chinese=chinese_tokens)
+        folder, mix = self.blocks.folder, self.settings.calibration
+        return cut_vocabulary(folder, out, self.shape.vocab, mix, expected=expected, chinese=chinese_tokens)
+
+    @property
+    def _narrows_vocabulary(self) -> bool:
+        return self.shape.vocab < self.now.vocab
 
     @property
     def _narrower(self) -> bool:
@@ -152,12 +163,14 @@ class _Pruning:
         axes = ("ffn", "heads", "kv_heads")
         return any(getattr(self.shape, axis) != getattr(self.now, axis) for axis in axes)
 
-    def _calibration(self) -> Calibration | None:
-        """The text, where something asks for it."""
+    @property
+    def _reads_hidden_states(self) -> bool:
+        """Whether layers or units are chosen, or repaired, by what text makes of them."""
+        by_text = self.settings.repair or self.settings.method in ("fisher", "energy", "taylor")
+        return self.shape.layers < self.now.layers or (self._narrower and by_text)
+
+    def _calibration(self) -> Calibration:
         s = self.settings
-        shallower = self.shape.layers < self.now.layers
-        if not shallower and not (self._narrower and (s.repair or s.method in ("fisher", "energy", "taylor"))):
-            return None
         assert s.tokens is not None
         assert s.seq_len is not None
         self.console.say(f"reading {s.tokens:,} calibration tokens from {s.calibration}")

@@ -11,7 +11,6 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from data.sources import Corpus, TextSource
 from data.tokenizer import Tokenizer, sample_texts
 from models.hf_config import read_values
 from pruning.byte_level import ByteLevelBpe, text_of_token
+from pruning.frequency import count_tokens
 from train.records import stored_generation
 
 KEPT_FILE = "kept_tokens.json"
@@ -47,14 +47,17 @@ PROBES = (
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
-def cut_vocabulary(folder: Path, out: Path, size: int, mix: Mix, *, chinese: int) -> list[int]:
-    """Choose tokens by their frequency in some text and write the tokenizer, all that a cut begins with.
+def cut_vocabulary(
+    folder: Path, out: Path, size: int, mix: Mix, *, expected: Array | float = 0, chinese: int
+) -> list[int]:
+    """Choose tokens by their frequency and write the tokenizer, all that a cut begins with.
 
     Args:
         folder: the model folder.
         out: an existing folder, which gets the tokenizer's files and :data:`KEPT_FILE`.
         size: tokens that stay.
         mix: the text; :data:`COUNTED_BYTES` of its training part are counted.
+        expected: what is added to the counts (V,), see :func:`pruning.frequency.expected_tokens`.
         chinese: tokens with Chinese characters to keep at least.
 
     Returns:
@@ -67,8 +70,10 @@ def cut_vocabulary(folder: Path, out: Path, size: int, mix: Mix, *, chinese: int
     if not all(isinstance(source, TextSource) for source in corpus.sources):
         raise UserError(f"{mix} holds prepared tokens; a vocabulary is chosen on text: give the text itself")
     texts = list(sample_texts(corpus, COUNTED_BYTES))
-    counts = count_tokens(Tokenizer(folder), texts)
     rows = read_values(folder)["vocab_size"]
+    counts = np.zeros(rows) + expected
+    counted = count_tokens(Tokenizer(folder), texts)
+    counts[: len(counted)] += counted
     kept = choose_tokens(folder, size, counts, rows=rows, chinese=chinese, named=named_tokens(folder))
     write_tokenizer(folder, kept, out, texts[:VERIFIED])
     return kept
@@ -81,16 +86,6 @@ def smallest_vocabulary(folder: Path, chinese: int) -> int | None:
     except UserError:
         return None
     return len(_in_any_case(bpe, _learned(bpe, np.zeros(0, dtype=np.int64)), chinese, named_tokens(folder)))
-
-
-def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Array:
-    """How often each id occurs in some texts (V,)."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    texts = iter(texts)
-    while some := list(islice(texts, 256)):
-        ids = np.concatenate(tokenizer.encode_documents(some))
-        counts += np.bincount(ids.astype(np.int64), minlength=len(counts))
-    return counts
 
 
 def choose_tokens(
@@ -106,7 +101,7 @@ def choose_tokens(
     Args:
         folder: of the model or tokenizer.
         size: W.
-        counts: from :func:`count_tokens`.
+        counts: how frequent each id is, those beyond its end not at all.
         rows: of the embedding matrix, V; ids of the tokenizer are below it.
         chinese: tokens with Chinese characters to keep at least, if there are as many.
         named: more ids to keep, such as those in ``config.json``.

@@ -17,9 +17,10 @@ from data.settings import Mix
 from data.sources import is_c4, open_source
 from data.tokenizer import Tokenizer
 from models.hf_config import taken_shape
+from pruning.frequency import count_tokens
 from pruning.recover import adapters, recover, run_of, train_settings
 from pruning.recover_settings import RecoverSettings
-from pruning.vocabulary import choose_tokens, count_tokens, write_tokenizer
+from pruning.vocabulary import choose_tokens, write_tokenizer
 from tests.conftest import make_text
 from train.launch import Place
 from train.learning import LoraSettings

@@ -17,10 +17,10 @@ from data.sources import Corpus
 from data.tokenizer import Tokenizer, sample_texts
 from pruning.byte_level import ByteLevelBpe, text_of_token
 from pruning.cut import cut_rows
+from pruning.frequency import count_tokens
 from pruning.vocabulary import (
     KEPT_FILE,
     choose_tokens,
-    count_tokens,
     cut_vocabulary,
     renumbered,
     smallest_vocabulary,
@@ -77,15 +77,6 @@ def cut(folder: Path, size: int, texts: list[str], out: Path, **options: int) ->
     out.mkdir()
     write_tokenizer(folder, kept, out, texts)
     return kept
-
-
-def test_counts_are_of_the_text(folder: Path, texts: list[str]) -> None:
-    before = Tokenizer(folder)
-    counts = count_tokens(before, texts)
-    ids = np.concatenate(before.encode_documents(texts))
-    assert counts.sum() == len(ids)
-    assert counts[before.end] == len(texts)
-    assert not count_tokens(before, []).any()
 
 
 @pytest.mark.parametrize("size", [400, 560])
@@ -188,6 +179,17 @@ def test_a_real_tokenizer(smollm2: Path, shared: Path, tmp_path: Path) -> None:
     longer = sum(len(after.encode(text)) for text in unseen) / sum(len(before.encode(text)) for text in unseen)
     assert longer < 1.08
     assert [kept[one] for one in (after.begin, after.end, after.pad)] == [before.begin, before.end, before.pad]
+
+
+def test_what_is_expected_decides_among_tokens_that_do_not_occur(
+    micro_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    mix, size = Mix.parse(str(corpus)), 400
+    by_counts = cut_vocabulary(micro_model, tmp_path, size, mix, chinese=0)
+    gone = [one for one in range(Tokenizer(micro_model).vocab_size) if one not in by_counts]
+    expected = np.zeros(Tokenizer(micro_model).vocab_size)
+    expected[gone[-1]] = 5e6
+    assert gone[-1] in cut_vocabulary(micro_model, tmp_path, size, mix, expected=expected, chinese=0)
 
 
 def test_a_model_folder_is_cut_by_a_corpus(micro_model: Path, corpus: Path, tmp_path: Path) -> None:
