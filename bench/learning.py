@@ -9,8 +9,9 @@
 warm-up, cosine to 10%) at a rate that a sweep has found, and (b) what ``train.py`` does when it is told nothing, on
 the same tokens in the same batches from the same seeds. ``galore`` has the second beta 0.999 and no clipping, as in
 that paper's code; ``adamw`` 0.95 and clipping at 1. It prints both ends, the tokens after which (b) is where (a) ends,
-and the time that takes: steps of both, taken in turn here, times their number. ``sweep`` trains one recipe at several
-rates, and prints the best one of each size.
+and the time that takes: steps of both, taken in turn here, times their number. In mid-run (b) is at a high rate that it
+will pay for only as the rate falls, so that with ``--share 0.7`` a run of (b) whose schedule fits 0.7 of the tokens is
+set beside (a), too. ``sweep`` trains one recipe at several rates, and prints the best one of each size.
 
 A size is a row of models/sizes.py or LAYERSxWIDTH. Every run is one of ``train.py``, in a folder of its own under
 ``--out``: the same command again goes on where it was, and what is finished is not done again. Words that are not
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -268,11 +269,12 @@ def step_ratio(task: Task, baseline: str, size: str, device: torch.device, round
 
 @dataclass(frozen=True)
 class Comparison:
-    """One seed: AdamW's losses and the default's."""
+    """One seed: AdamW's losses and the default's, and those of a default run with fewer tokens if there is one."""
 
     seed: int
     adamw: Curve
     default: Curve
+    shorter: Curve | None = None
 
     @property
     def tokens(self) -> float:
@@ -284,6 +286,12 @@ class Comparison:
         """The default's perplexity at the end, over AdamW's."""
         return math.exp(self.default.last(source) - self.adamw.last(source))
 
+    @property
+    def shorter_perplexity(self) -> float:
+        """That of the run with fewer tokens, over AdamW's."""
+        assert self.shorter is not None
+        return math.exp(self.shorter.last() - self.adamw.last())
+
 
 def compare(args: argparse.Namespace, task: Task) -> None:
     """Train both recipes from every seed, and print what came of it."""
@@ -292,24 +300,29 @@ def compare(args: argparse.Namespace, task: Task) -> None:
     found = []
     for seed in args.seeds:
         runs = [task.run(recipe, args.size, seed, rate) for recipe, rate in rates.items()]
+        if args.share is not None:
+            fewer = replace(task, tokens=round(args.share * task.tokens))
+            runs.append(fewer.run("default", args.size, seed, rates["default"]))
         found.append(Comparison(seed, *runs))
-        print(f"seed {seed}: AdamW {runs[0].last():.4f}, default {runs[1].last():.4f}", flush=True)
+        ends = zip(("AdamW", "default", f"default with {args.share} of the tokens"), runs, strict=False)
+        print(f"seed {seed}: " + ", ".join(f"{name} {curve.last():.4f}" for name, curve in ends), flush=True)
     ratio = step_ratio(task, args.baseline, args.size, torch.device(args.device), args.rounds)
-    print_comparison(found, ratio)
+    print_comparison(found, ratio, args.share)
 
 
-def print_comparison(found: Sequence[Comparison], ratio: float) -> None:
+def print_comparison(found: Sequence[Comparison], ratio: float, share: float | None = None) -> None:
     """The losses over the tokens, and a line for every figure with its mean and spread over the seeds.
 
     Args:
         found: one for each seed.
         ratio: time of a step of the default over one of AdamW.
+        share: of the tokens, that the shorter runs have.
     """
     print(f"\n{'tokens':>12} {'AdamW':>8} {'default':>8}   mean validation loss over the seeds")
     for number, at in enumerate(found[0].adamw.tokens):
         both = [statistics.fmean(curve.losses[""][number] for curve in curves) for curves in _by_recipe(found)]
         print(f"{at:>12,} {both[0]:>8.4f} {both[1]:>8.4f}")
-    print(f"\n{'':<44} {'mean':>8} {'least':>8} {'most':>8}")
+    print(f"\n{'':<56} {'mean':>8} {'least':>8} {'most':>8}")
     for source in found[0].adamw.losses:
         where = f" on {source}" if source else ""
         for name, curves in zip(("AdamW", "default"), _by_recipe(found), strict=True):
@@ -317,7 +330,10 @@ def print_comparison(found: Sequence[Comparison], ratio: float) -> None:
         _print_line(f"perplexity at equal tokens, ratio{where}", [one.perplexity(source) for one in found])
     shares = [one.tokens for one in found]
     _print_line("tokens to AdamW's last loss, ratio", shares)
-    _print_line(f"time to it, ratio (a step {ratio:.3f})", [share * ratio for share in shares])
+    _print_line(f"time to it, ratio (a step {ratio:.3f})", [one * ratio for one in shares])
+    if share is not None:
+        name = f"perplexity with {share} of the tokens, ratio"
+        _print_line(f"{name} (time {share * ratio:.3f})", [one.shorter_perplexity for one in found])
 
 
 def _by_recipe(found: Sequence[Comparison]) -> tuple[list[Curve], list[Curve]]:
@@ -325,7 +341,7 @@ def _by_recipe(found: Sequence[Comparison]) -> tuple[list[Curve], list[Curve]]:
 
 
 def _print_line(name: str, values: Sequence[float]) -> None:
-    print(f"{name:<44} {statistics.fmean(values):>8.4f} {min(values):>8.4f} {max(values):>8.4f}")
+    print(f"{name:<56} {statistics.fmean(values):>8.4f} {min(values):>8.4f} {max(values):>8.4f}")
 
 
 def sweep(args: argparse.Namespace, task: Task) -> None:
@@ -369,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--size", default="4x128")
     one.add_argument("--baseline", choices=("adamw", "galore"), default="adamw")
     one.add_argument("--baseline-lr", type=float, required=True, help="the best that a sweep has found")
+    one.add_argument("--share", type=float, metavar="0.7", help="train the default with so much of the tokens, too")
     one.add_argument("--rounds", type=int, default=21, help="of the steps that are timed")
     many = ways.add_parser("sweep", parents=[both], help="one recipe at several rates and sizes")
     many.add_argument("--recipe", choices=tuple(RECIPES), required=True)

@@ -100,7 +100,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_both_are_trained_and_compared(prepared: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     small = ("--data", prepared, "--tokens", "4k", "--batch-tokens", "512", "--seq-len", "64", "--device", "cpu")
     small += ("--out", tmp_path, "--eval.tokens", "1000", "--loader.streams", "8")
-    main(monkeypatch, "compare", *small, "--size", "1x64", "--baseline-lr", "3e-3", "--rounds", "1")
+    main(monkeypatch, "compare", *small, "--size", "1x64", "--baseline-lr", "3e-3", "--rounds", "1", "--share", "0.5")
     said = capsys.readouterr().out
     ends = {}
     for name in ("adamw", "default"):
@@ -111,6 +111,10 @@ def test_both_are_trained_and_compared(prepared: Path, tmp_path: Path, monkeypat
     assert ratio is not None
     assert float(ratio[1]) == pytest.approx(math.exp(ends["default"] - ends["adamw"]), abs=1e-3)
     assert "tokens to AdamW's last loss" in said
+    (shorter,) = tmp_path.glob("default-1x64-2000-lr-*-seed-0")
+    ratio = re.search(r"perplexity with 0.5 of the tokens, ratio \(time [0-9.]+\) +([0-9.]+)", said)
+    assert ratio is not None
+    assert float(ratio[1]) == pytest.approx(math.exp(Curve.read(shorter).last() - ends["adamw"]), abs=1e-3)
 
 
 def test_text_is_refused_with_the_command_that_prepares_it(corpus: Path, monkeypatch, capsys) -> None:
