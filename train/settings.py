@@ -40,6 +40,9 @@ MUON_RATE = 0.2
 follow (docs/log.md). By the root of the width, which alone would keep the largest singular value of an update (Yang et
 al., arXiv:2310.17813), it comes out too high for wide models, in inverse proportion too low."""
 
+DECAY = 0.6
+"""Share of a run in which the learning rate falls to zero: better than a fifth by 0.04 in the loss (docs/log.md)."""
+
 RUNS = Path("runs")
 """Where runs live that are given a name."""
 
@@ -112,7 +115,7 @@ class ScheduleSettings:
     warmup: Count | None = None
     """Tokens of linear warm-up. Default: 2% of the run, at least 10 steps and at most half of it."""
     decay: Count | None = None
-    """Tokens of decay at the end (wsd). Default: 20% of the run."""
+    """Tokens of decay at the end (wsd). Default: 60% of the run, or what the warm-up leaves."""
     final: float | None = None
     """Rate at the end, relative to the peak. Default: 0 (wsd), 0.1 (cosine)."""
 
@@ -519,7 +522,7 @@ def resolve_run(settings: Run, world: int) -> Run:
     if settings.micro_batch is not None:
         check_micro_batch(settings.micro_batch, share)
     warmup = schedule.warmup if schedule.warmup is not None else Count(min(max(tokens // 50, 10 * batch), tokens // 2))
-    decay = schedule.decay if schedule.decay is not None else Count(tokens // 5)
+    decay = schedule.decay if schedule.decay is not None else Count(max(0, min(int(DECAY * tokens), tokens - warmup)))
     if warmup + (decay if schedule.name == "wsd" else 0) > tokens:
         raise UserError(
             f"the warm-up of {warmup:,} tokens and the decay of {decay:,} do not fit into the run of {tokens:,}; give "

@@ -42,7 +42,7 @@ def test_golden_losses(train, corpus, tokenizer) -> None:
     run = train(
         *("--size", "tiny", "--model.vocab", "512", "--data", corpus, "--tokenizer", tokenizer.folder),
         *("--tokens", 20 * 512, "--batch-tokens", 512, "--seq-len", 64, "--optimizer.lr", "1e-3"),
-        *("--schedule.warmup", "2560", "--eval.every", "0", "--loader.streams", "8"),
+        *("--schedule.warmup", "2560", "--schedule.decay", "2048", "--eval.every", "0", "--loader.streams", "8"),
     )
     assert losses(run) == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-5)
 
@@ -78,7 +78,7 @@ def test_a_run_explains_itself(train, corpus, micro_model, capsys) -> None:
     assert names == set(files.split())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         f"step-{step:07d}"
-        for step in (10, 20, 30, 32, 35, 40)  # 32: where the decay begins
+        for step in (10, 16, 20, 30, 35, 40)  # 16: where the decay begins
     ]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["event"] == "start"
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, corpu
 
 def test_a_larger_budget_after_the_decay_is_warned_of(train, corpus, micro_model, capsys) -> None:
     words = ("--init", micro_model, "--data", corpus, "--batch-tokens", 256, "--seq-len", 32, "--eval.every", "0")
-    words += ("--loader.streams", "8")
+    words += ("--loader.streams", "8", "--schedule.decay", 2 * 256 - 20)
     run = train(*words, "--tokens", 10 * 256 - 100)  # whose last batch is filled up
     for tokens in (20 * 256, 40 * 256):
         train(*words, "--tokens", tokens, "--checkpoint.keep", 1)

@@ -19,7 +19,7 @@ def test_defaults_follow_from_the_size() -> None:
     assert settings.tokens == 20 * 125_081_664
     assert settings.seq_len == 2048
     assert settings.batch_tokens == 2**18
-    assert settings.schedule.decay == settings.tokens // 5
+    assert settings.schedule.decay == int(0.6 * settings.tokens)
     assert settings.optimizer.name == "muon"
     assert settings.optimizer.lr == pytest.approx(0.2 / 576 ** (2 / 3))
     assert None not in (settings.run, settings.model.vocab, settings.checkpoint.every, settings.eval.every)
@@ -146,3 +146,8 @@ def test_the_default_batch_is_one_that_the_devices_can_share() -> None:
     batch = resolve(settings, model_config(settings), world=6).batch_tokens
     assert batch is not None
     assert batch % (6 * 256) == 0
+
+
+def test_the_decay_leaves_room_for_the_warm_up() -> None:
+    schedule = read("--size", "tiny", "--tokens", "1M", "--schedule.warmup", "500k").schedule
+    assert (schedule.warmup, schedule.decay) == (500_000, 500_000)
