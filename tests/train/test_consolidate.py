@@ -11,7 +11,7 @@ from models.hf import load_model
 from tests.forked import forked
 
 WORDS = """--tokens 2560 --batch-tokens 256 --seq-len 32 --device cpu --precision 32 --eval.every 0 --checkpoint.every 4
---log.tensorboard false --loader.streams 8""".split()
+--schedule.decay 512 --log.tensorboard false --loader.streams 8""".split()
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_a_resumed_guard_decides_alike() -> None:
 
 
 WORDS = """--tokens 7680 --batch-tokens 256 --seq-len 32 --device cpu --precision 32 --eval.every 0 --log.every 1
---log.tensorboard false --loader.streams 8 --checkpoint.every 5 --health.patience 4""".split()
+--log.tensorboard false --loader.streams 8 --checkpoint.every 5 --health.patience 4 --schedule.decay 1536""".split()
 
 
 @pytest.fixture
