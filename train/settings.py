@@ -41,7 +41,7 @@ follow (docs/log.md). By the root of the width, which alone would keep the large
 al., arXiv:2310.17813), it comes out too high for wide models, in inverse proportion too low."""
 
 DECAY = 0.6
-"""Share of a run in which the learning rate falls to zero: better than a fifth by 0.03 to 0.07 in the loss (docs/log.md)."""
+"""Share of a run in which the learning rate falls to zero: better than a fifth by 0.03 to 0.07 nats (docs/log.md)."""
 
 RUNS = Path("runs")
 """Where runs live that are given a name."""
