@@ -10,13 +10,15 @@ Shapes: V vocabulary.
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from data.packing import Array
 from data.tokenizer import Tokenizer
-from pruning.blocks import Blocks, Rows
+
+if TYPE_CHECKING:  # a plan lists vocabularies without torch
+    from pruning.blocks import Blocks, Rows
 
 EXPECTED_TOKENS = 32_768
 """Of the calibration text that the model predicts at most."""
@@ -35,8 +37,7 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Array:
     return counts
 
 
-@torch.no_grad()
-def expected_tokens(blocks: Blocks, rows: Rows, progress: Callable[[int], None]) -> Array:
+def expected_tokens(blocks: "Blocks", rows: "Rows", progress: Callable[[int], None]) -> Array:
     """How often each token occurs in :data:`PRIOR_TOKENS` of such text, if the model is right (V,).
 
     Args:
