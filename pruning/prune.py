@@ -29,7 +29,7 @@ from pruning.blocks import Blocks, Rows, parts_of
 from pruning.calibration import Calibration, read_calibration
 from pruning.cut import cut_rows
 from pruning.fisher import information
-from pruning.frequency import expected_tokens
+from pruning.frequency import expected_tokens, frequencies
 from pruning.importance import Scores, by_chance, by_weights, least_influential
 from pruning.report import FILE
 from pruning.settings import CutSettings, resolve
@@ -150,8 +150,15 @@ class _Pruning:
         with self._progress("layers asked for the vocabulary", self.now.layers) as progress:
             expected = expected_tokens(self.blocks, Rows.of(calibration.batch(whole)), progress)
         self.console.say("counting tokens for the smaller vocabulary")
-        folder, mix = self.blocks.folder, self.settings.calibration
-        return cut_vocabulary(folder, out, self.shape.vocab, mix, expected=expected, chinese=chinese_tokens)
+        embedding = self.blocks.end("model.embed_tokens.weight")
+        return cut_vocabulary(
+            self.blocks.folder,
+            out,
+            self.shape.vocab,
+            self.settings.calibration,
+            frequencies=lambda counts: frequencies(counts, expected, embedding),
+            chinese=chinese_tokens,
+        )
 
     @property
     def _narrows_vocabulary(self) -> bool:

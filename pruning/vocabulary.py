@@ -10,7 +10,7 @@ In formulas: V tokens before, W after.
 import copy
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def cut_vocabulary(
-    folder: Path, out: Path, size: int, mix: Mix, *, expected: Array | float = 0, chinese: int
+    folder: Path, out: Path, size: int, mix: Mix, *, frequencies: Callable[[Array], Array], chinese: int
 ) -> list[int]:
     """Choose tokens by their frequency and write the tokenizer, all that a cut begins with.
 
@@ -57,7 +57,7 @@ def cut_vocabulary(
         out: an existing folder, which gets the tokenizer's files and :data:`KEPT_FILE`.
         size: tokens that stay.
         mix: the text; :data:`COUNTED_BYTES` of its training part are counted.
-        expected: what is added to the counts (V,), see :func:`pruning.frequency.expected_tokens`.
+        frequencies: what the counts of all tokens (V,) say of how frequent they are.
         chinese: tokens with Chinese characters to keep at least.
 
     Returns:
@@ -71,10 +71,10 @@ def cut_vocabulary(
         raise UserError(f"{mix} holds prepared tokens; a vocabulary is chosen on text: give the text itself")
     texts = list(sample_texts(corpus, COUNTED_BYTES))
     rows = read_values(folder)["vocab_size"]
-    counts = np.zeros(rows) + expected
+    counts = np.zeros(rows)
     counted = count_tokens(Tokenizer(folder), texts)
-    counts[: len(counted)] += counted
-    kept = choose_tokens(folder, size, counts, rows=rows, chinese=chinese, named=named_tokens(folder))
+    counts[: len(counted)] = counted
+    kept = choose_tokens(folder, size, frequencies(counts), rows=rows, chinese=chinese, named=named_tokens(folder))
     write_tokenizer(folder, kept, out, texts[:VERIFIED])
     return kept
 

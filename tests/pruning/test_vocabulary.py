@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from common.errors import UserError
+from data.packing import Array
 from data.settings import Mix
 from data.sources import Corpus
 from data.tokenizer import Tokenizer, sample_texts
@@ -181,25 +182,27 @@ def test_a_real_tokenizer(smollm2: Path, shared: Path, tmp_path: Path) -> None:
     assert [kept[one] for one in (after.begin, after.end, after.pad)] == [before.begin, before.end, before.pad]
 
 
-def test_what_is_expected_decides_among_tokens_that_do_not_occur(
-    micro_model: Path, corpus: Path, tmp_path: Path
-) -> None:
-    mix, size = Mix.parse(str(corpus)), 400
-    by_counts = cut_vocabulary(micro_model, tmp_path, size, mix, chinese=0)
-    gone = [one for one in range(Tokenizer(micro_model).vocab_size) if one not in by_counts]
-    expected = np.zeros(Tokenizer(micro_model).vocab_size)
-    expected[gone[-1]] = 5e6
-    assert gone[-1] in cut_vocabulary(micro_model, tmp_path, size, mix, expected=expected, chinese=0)
+def test_what_counts_are_taken_to_say_decides(micro_model: Path, corpus: Path, tmp_path: Path) -> None:
+    mix, size, vocab = Mix.parse(str(corpus)), 400, Tokenizer(micro_model).vocab_size
+    by_counts = cut_vocabulary(micro_model, tmp_path, size, mix, frequencies=lambda counts: counts, chinese=0)
+    gone = next(one for one in range(vocab) if one not in by_counts)
+
+    def frequencies(counts: Array) -> Array:
+        assert counts.sum() > 0
+        return counts + 5e6 * (np.arange(vocab) == gone)
+
+    assert gone in cut_vocabulary(micro_model, tmp_path, size, mix, frequencies=frequencies, chinese=0)
 
 
 def test_a_model_folder_is_cut_by_a_corpus(micro_model: Path, corpus: Path, tmp_path: Path) -> None:
     """Special tokens of the configuration stay, and what must stay is known beforehand."""
     smallest = smallest_vocabulary(micro_model, 4_000)
     assert smallest == 256 + 16
-    kept = cut_vocabulary(micro_model, tmp_path, 320, Mix.parse(str(corpus)), chinese=4_000)
+    mix = Mix.parse(str(corpus))
+    kept = cut_vocabulary(micro_model, tmp_path, 320, mix, frequencies=lambda counts: counts, chinese=4_000)
     assert len(kept) == 320
     assert kept[:16] == list(range(16))  # ours are the first
     with pytest.raises(UserError, match="of 264 is too small"):
-        cut_vocabulary(micro_model, tmp_path, 264, Mix.parse(str(corpus)), chinese=4_000)
+        cut_vocabulary(micro_model, tmp_path, 264, mix, frequencies=lambda counts: counts, chinese=4_000)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
     assert smallest_vocabulary(tmp_path, 4_000) is None
