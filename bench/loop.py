@@ -49,7 +49,7 @@ SMALL = replace(sizes.size("15m").config, layers=2, width=128, heads=2, kv_heads
 """15m cut to a step of some tenths of a second on two CPU cores."""
 
 TEXT_BYTES = 4_000_000
-OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-4)
+OPTIMIZER = OptimizerSettings(name="adamw", lr=1e-4, beta2=0.95)
 TARGET = 3.0
 """Percent."""
 

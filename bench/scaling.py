@@ -127,7 +127,7 @@ class RandomRows:
 
 def make_training(shape: Shape, strategy: str, place: Place) -> Training:
     """The loop's own parts for a step, as pre-training puts them together."""
-    optimizer = OptimizerSettings(name=cast(Any, shape.optimizer), lr=1e-4)
+    optimizer = OptimizerSettings(name=cast(Any, shape.optimizer), lr=1e-4, beta2=0.95)
     settings = RunSettings(device="cpu", precision="32", strategy=cast(Any, strategy), optimizer=optimizer)
     fabric = make_fabric(settings, place, strategy)
     engine = engine_for(fabric)(

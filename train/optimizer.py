@@ -40,6 +40,7 @@ def make_adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> A
     Vectors (norm weights) are not decayed: pulling a scale towards zero regularises nothing.
     """
     assert settings.lr is not None
+    assert settings.beta2 is not None
     return AdamW(
         [
             {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": settings.weight_decay},

@@ -40,6 +40,9 @@ MUON_RATE = 0.2
 follow (docs/log.md). By the root of the width, which alone would keep the largest singular value of an update (Yang et
 al., arXiv:2310.17813), it comes out too high for wide models, in inverse proportion too low."""
 
+BETA2 = 0.95
+"""Default decay of the mean of squared gradients, of one step of the default batch."""
+
 DECAY = 0.6
 """Share of a run in which the learning rate falls to zero: better than a fifth by 0.03 to 0.07 nats (docs/log.md)."""
 
@@ -75,15 +78,16 @@ class OptimizerSettings:
     """muon: hidden matrices by orthogonalised momentum, everything else by AdamW. auto: muon for new weights, adamw
     for weights that know something already, and under DeepSpeed."""
     lr: float | None = None
-    """Peak learning rate. Default: muon 2.4e-3 at width 768, by the width to the power of -2/3; the others in inverse
-    proportion to the width: adamw, pre-training, 1e-3 at 768, at most 4e-3; fine-tuning, and --init with --teacher,
-    2e-5 at 4096; adapters 2e-4 at 4096."""
+    """Peak learning rate. Default: muon 2.4e-3 at width 768, by the width to the power of -2/3, and in smaller batches
+    than the default by the root of the batch; the others in inverse proportion to the width: adamw, pre-training, 1e-3
+    at 768, at most 4e-3; fine-tuning, and --init with --teacher, 2e-5 at 4096; adapters 2e-4 at 4096."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients. Default: 0.95; beside muon, in smaller batches than the default, so near
+    to 1 that it is the mean of as many tokens."""
     eps: float = 1e-8
     """Added to the root of the mean square."""
     clip: float = 1.0
@@ -97,7 +101,7 @@ class OptimizerSettings:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"--optimizer.lr must be positive, not {self.lr}")
         for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"--optimizer.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("weight_decay", "eps", "clip"):
             if getattr(self, name) < 0:
@@ -422,10 +426,10 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
     tokens = settings.tokens or Count(budget.default_tokens(config))
     recovers = settings.init is not None and settings.teacher is not None
     seq_len = settings.seq_len or Count(min(config.context, SEQ_LEN) if recovers or not own else config.context)
-    batch_tokens = default_batch_tokens(tokens)
+    usual = default_batch_tokens(tokens)
     if recovers:
-        batch_tokens = min(batch_tokens, tokens // RECOVERY_STEPS)
-    rows = max(1, round(batch_tokens / seq_len / world)) * world
+        usual = min(usual, tokens // RECOVERY_STEPS)
+    rows = max(1, round(usual / seq_len / world)) * world
     batch = settings.batch_tokens or Count(rows * seq_len)
     held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
     every = settings.eval.every if settings.eval.every is not None else Count(max(tokens // 20, batch))
@@ -436,7 +440,7 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
         seq_len=seq_len,
         batch_tokens=batch,
         run=run_name(settings),
-        optimizer=_optimizer(settings, config),
+        optimizer=_optimizer(settings, config, min(1.0, batch / usual)),
         lora=fill_alpha(settings.lora),
         model=replace(settings.model, vocab=Count(config.vocab), qk_norm=config.qk_norm),
         eval=replace(settings.eval, every=every, tokens=held_out),
@@ -452,22 +456,23 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
     return resolved
 
 
-def _optimizer(settings: TrainSettings, config: ModelConfig) -> OptimizerSettings:
-    """The optimiser with its name and rate."""
+def _optimizer(settings: TrainSettings, config: ModelConfig, share: float) -> OptimizerSettings:
+    """The optimiser with its name, rate and second beta, for a batch of a share of the usual one."""
     given = settings.optimizer
     new = settings.init is None and not settings.strategy.startswith("deepspeed")
     name = given.name if given.name != "auto" else "muon" if new else "adamw"
-    return replace(given, name=name, lr=given.lr or _rate(settings, config, name))
+    beta2 = BETA2**share if name == "muon" and given.beta2 is None else given.beta2
+    return replace(given, name=name, lr=given.lr or _rate(settings, config, name, share), beta2=beta2)
 
 
-def _rate(settings: TrainSettings, config: ModelConfig, optimizer: str) -> float:
+def _rate(settings: TrainSettings, config: ModelConfig, optimizer: str, share: float) -> float:
     """The default peak learning rate, as :class:`OptimizerSettings` tells it."""
     if settings.lora.rank is not None:
         return 10 * TUNING_RATE / config.width
     if settings.init is not None and settings.teacher is not None:
         return TUNING_RATE / config.width
     if optimizer == "muon":
-        return MUON_RATE / config.width ** (2 / 3)
+        return MUON_RATE / config.width ** (2 / 3) * share**0.5
     return min(4e-3, 1e-3 * 768 / config.width)
 
 
@@ -532,7 +537,11 @@ def resolve_run(settings: Run, world: int) -> Run:
     optimizer = settings.optimizer
     return replace(
         settings,
-        optimizer=replace(optimizer, name="adamw" if optimizer.name == "auto" else optimizer.name),
+        optimizer=replace(
+            optimizer,
+            name="adamw" if optimizer.name == "auto" else optimizer.name,
+            beta2=BETA2 if optimizer.beta2 is None else optimizer.beta2,
+        ),
         schedule=replace(
             schedule,
             warmup=warmup,

@@ -49,7 +49,7 @@ def training(device: str, optimizer: str, compiled: bool) -> Any:
             model.compile_parts()
         return model
 
-    settings = OptimizerSettings(name=optimizer, lr=1e-3)  # type: ignore[arg-type]
+    settings = OptimizerSettings(name=optimizer, lr=1e-3, beta2=0.95)  # type: ignore[arg-type]
     engine = Engine(
         Fabric(accelerator=device, devices=1, precision="bf16-mixed"),
         Job(),

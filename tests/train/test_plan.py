@@ -74,7 +74,7 @@ def _held(config: ModelConfig, optimizer: str, how: str, place: Place) -> dict[s
         Job.of_all(),
         build=lambda: Transformer(config, seed=None),
         values=lambda name, shape: initial_weight(name, shape, config, seed=0),
-        make_optimizers=lambda raw: make_optimizers(raw, OptimizerSettings(name=optimizer, lr=1e-3), "32"),
+        make_optimizers=lambda raw: make_optimizers(raw, OptimizerSettings(name=optimizer, lr=1e-3, beta2=0.95), "32"),
         spike=0.0,
     )
     tokens = torch.arange(8).view(1, 8)

@@ -33,6 +33,18 @@ def test_muon_trains_new_weights_and_adamw_the_others(micro_model: Path) -> None
     assert read("--size", "125m", "--optimizer.lr", "2e-3").optimizer.lr == 2e-3
 
 
+def test_smaller_batches_than_the_default_have_smaller_steps_and_a_longer_mean() -> None:
+    usual, quarter, larger = (
+        read("--size", "125m", "--batch-tokens", str(tokens)).optimizer for tokens in (2**18, 2**16, 2**19)
+    )
+    assert usual == larger == read("--size", "125m").optimizer
+    assert usual.beta2 == 0.95
+    assert quarter.lr == pytest.approx(usual.lr / 2)
+    assert quarter.beta2**4 == pytest.approx(0.95)
+    adamw = read("--size", "125m", "--batch-tokens", str(2**16), "--optimizer.name", "adamw").optimizer
+    assert (adamw.lr, adamw.beta2) == (pytest.approx(1e-3 * 768 / 576), 0.95)
+
+
 def test_the_batch_grows_with_the_root_of_the_budget() -> None:
     sizes = [default_batch_tokens(tokens) for tokens in (10**6, 10**8, 25 * 10**8, 10**10, 10**13)]
     assert sizes == [2**12, 2**16, 2**18, 2**19, 2**20]
