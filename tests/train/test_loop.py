@@ -42,6 +42,7 @@ def test_golden_losses(train, corpus, tokenizer) -> None:
     run = train(
         *("--size", "tiny", "--model.vocab", "512", "--data", corpus, "--tokenizer", tokenizer.folder),
         *("--tokens", 20 * 512, "--batch-tokens", 512, "--seq-len", 64, "--optimizer.lr", "1e-3"),
+        *("--optimizer.beta2", "0.95"),
         *("--schedule.warmup", "2560", "--schedule.decay", "2048", "--eval.every", "0", "--loader.streams", "8"),
     )
     assert losses(run) == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-5)
