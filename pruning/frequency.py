@@ -29,7 +29,7 @@ SHAPE = 2.0
 """Of the gamma distribution of frequencies around what the regression says (docs/log.md: 1 to 4 do alike)."""
 
 RIDGE = 100.0
-"""Penalty of the weights of the embedding's columns, whose mean square is 1."""
+"""Penalty of the embedding's weights, in units of its mean square."""
 
 STEPS = 50
 """Of the regression at most; it takes eight."""
@@ -95,7 +95,8 @@ def _regression(counts_V: Array, expected_V: Array, embedding_VD: "Tensor") -> A
     """
     log_V = np.full(len(counts_V), np.log(counts_V.mean()))
     weights_K = np.array([log_V[0], *[0.0] * (1 + embedding_VD.shape[1])])
-    penalty_K = np.array([0, 0, *[RIDGE] * embedding_VD.shape[1]])
+    squares = sum(float(rows.float().square().sum()) for rows in embedding_VD.split(PART))
+    penalty_K = np.array([0, 0, *[RIDGE * squares / embedding_VD.numel()] * embedding_VD.shape[1]])
 
     def loss(log_V: Array, weights_K: Array) -> float:
         likelihood_V = (counts_V + SHAPE) * np.logaddexp(np.log(SHAPE), log_V) - counts_V * log_V
@@ -121,11 +122,8 @@ def _regression(counts_V: Array, expected_V: Array, embedding_VD: "Tensor") -> A
 
 
 def _inputs(expected_V: Array, embedding_VD: "Tensor") -> Iterator[tuple[slice, Array]]:
-    """A constant, the logarithm of the expectation, and the embedding over its root mean square: (P, K) by parts."""
-    log_V = np.log(np.maximum(expected_V, 1e-12))
-    scale = embedding_VD.numel() ** 0.5 / float(embedding_VD.float().norm())
-    for first in range(0, len(log_V), PART):
+    """A constant, the logarithm of what is expected, and the embedding (P, K) in fp32, by parts and their places."""
+    log_V1 = np.log(np.maximum(expected_V, 1e-12))[:, None].astype(np.float32)
+    for first in range(0, len(log_V1), PART):
         part = slice(first, first + PART)
-        rows_PD = scale * embedding_VD[part].float().numpy()
-        log_P1 = log_V[part, None].astype(np.float32)
-        yield part, np.hstack([np.ones_like(log_P1), log_P1, rows_PD])
+        yield part, np.hstack([np.ones_like(log_V1[part]), log_V1[part], embedding_VD[part].float().numpy()])

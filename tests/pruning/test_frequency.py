@@ -76,10 +76,9 @@ def test_the_regression_finds_the_likeliest_weights(language) -> None:
     found = frequencies(language["counts"], language["expected"], embedding)
     prior = SHAPE / ((counts + SHAPE) / torch.from_numpy(found) - 1)
     inputs = torch.cat([torch.ones(4_000, 1), torch.from_numpy(language["expected"]).log()[:, None], embedding], 1)
-    inputs[:, 2:] /= embedding.square().mean().sqrt()
     weights = torch.linalg.lstsq(inputs, prior.log()).solution.requires_grad_()
     torch.testing.assert_close(inputs @ weights, prior.log(), rtol=0, atol=2e-3)
     likelihood = torch.distributions.NegativeBinomial(SHAPE, logits=inputs @ weights - math.log(SHAPE))
-    loss = -likelihood.log_prob(counts).sum() + RIDGE / 2 * weights[2:].square().sum()
+    loss = -likelihood.log_prob(counts).sum() + RIDGE / 2 * embedding.square().mean() * weights[2:].square().sum()
     loss.backward()
     assert weights.grad.abs().max() < 0.1
