@@ -15,8 +15,8 @@ class RecoverSettings:
     data: Mix = option(Mix.parse("c4"))
     """Text to train on: c4, a folder, sample, or a mix with weights. Other than C4: not track 1."""
     tokens: Count | None = None
-    """Training budget; more is better. Default: 50M on a GPU; on a CPU 80k, about twenty minutes of two cores for a
-    hundred million parameters."""
+    """Training budget; more is better. Default: 50M on a GPU; on a CPU 80k, for a hundred million parameters about
+    twenty minutes of two cores, or three where they multiply bf16."""
     train: Literal["auto", "all", "adapters"] = "auto"
     """all weights, or adapters beside them. auto: adapters for fewer than 100k tokens."""
     seq_len: Count | None = None
