@@ -428,7 +428,7 @@ def resolve(settings: TrainSettings, config: ModelConfig, world: int = 1, *, own
     seq_len = settings.seq_len or Count(min(config.context, SEQ_LEN) if recovers or not own else config.context)
     usual = default_batch_tokens(tokens)
     if recovers:
-        usual = min(usual, tokens // RECOVERY_STEPS)
+        usual = max(1, min(usual, tokens // RECOVERY_STEPS))
     rows = max(1, round(usual / seq_len / world)) * world
     batch = settings.batch_tokens or Count(rows * seq_len)
     held_out = settings.eval.tokens or Count(min(500_000, max(20_000, tokens // 50)))
