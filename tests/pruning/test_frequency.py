@@ -1,4 +1,4 @@
-"""Counts, and what a model expects, against transformers' whole model."""
+"""Counts, what a model expects, against transformers' whole model, and what both say of frequencies."""
 
 import math
 from pathlib import Path

@@ -160,6 +160,11 @@ def test_the_default_batch_is_one_that_the_devices_can_share() -> None:
     assert batch % (6 * 256) == 0
 
 
+def test_a_recovery_of_next_to_no_tokens_has_a_batch(micro_model: Path) -> None:
+    settings = read("--init", str(micro_model), "--teacher", str(micro_model), "--tokens", "100", "--seq-len", "32")
+    assert settings.batch_tokens == 32
+
+
 def test_the_decay_leaves_room_for_the_warm_up() -> None:
     schedule = read("--size", "tiny", "--tokens", "1M", "--schedule.warmup", "500k").schedule
     assert (schedule.warmup, schedule.decay) == (500_000, 500_000)
